@@ -1,0 +1,90 @@
+"""Muon for the matrices, AdamW for the rest: the optimiser both halves of the base are trained with.
+
+Muon orthogonalises the momentum of every weight matrix by a Newton-Schulz iteration (Jordan et al., 2024,
+https://kellerjordan.github.io/posts/muon/). Convolution kernels are treated as [out, in * k * k] matrices.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
+    """Nearest semi-orthogonal matrix to `matrix` [rows, cols], roughly: singular values end up within 0.7 to 1.2."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix / (matrix.norm() + 1e-7)
+    transposed = x.shape[0] > x.shape[1]
+    x = x.T if transposed else x
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if transposed else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, Nesterov look-ahead, orthogonalised update of RMS independent of the matrix's shape."""
+
+    def __init__(self, params: list[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                if not state:
+                    state["buffer"] = torch.zeros_like(param)
+                buffer = state["buffer"].lerp_(param.grad, 1 - group["momentum"])
+                update = orthogonalise(param.grad.lerp(buffer, group["momentum"]).flatten(1))
+                update *= max(1.0, update.shape[0] / update.shape[1]) ** 0.5
+                param.mul_(1 - group["lr"] * group["weight_decay"])
+                param.add_(update.view_as(param), alpha=-group["lr"])
+
+
+def build_optimizers(model: nn.Module, lr_matrix: float, lr_other: float, skip: tuple[str, ...] = ()) -> list:
+    """Muon on hidden matrices; AdamW on vectors, embeddings and modules whose name contains one of `skip`."""
+    matrices, others = [], []
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            hidden = param.ndim >= 2 and not any(part in name for part in skip)
+            (matrices if hidden else others).append(param)
+    optimizers: list = [torch.optim.AdamW(others, lr=lr_other, betas=(0.9, 0.99), weight_decay=0.0)]
+    return [Muon(matrices, lr=lr_matrix), *optimizers] if matrices else optimizers
+
+
+class Schedule:
+    """Warm up, hold, then fall linearly to zero over the last part of a wall-clock budget."""
+
+    def __init__(self, optimizers: list, fall: float = 0.5):
+        self.optimizers, self.fall = optimizers, fall
+        self.base = [[group["lr"] for group in opt.param_groups] for opt in optimizers]
+
+    def set(self, progress: float, step: int) -> float:
+        """`progress` in [0, 1] of the budget; returns the factor used."""
+        factor = min(1.0, (step + 1) / 30, max(0.0, (1 - progress) / self.fall))
+        for optimizer, rates in zip(self.optimizers, self.base, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+        return factor
+
+
+class Ema:
+    """Exponential moving average of a model's parameters, in fp32."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.shadow = {name: param.detach().clone() for name, param in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        names, params = zip(*model.named_parameters(), strict=True)
+        torch._foreach_lerp_([self.shadow[name] for name in names], list(params), 1 - decay)
+
+    def copy_to(self, model: nn.Module) -> None:
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                param.copy_(self.shadow[name])

@@ -1,0 +1,153 @@
+"""Train the embedded base's AutoencoderKL on every drawing of the base sets.
+
+    python train_vae.py --work WORK --minutes 40
+
+Writes WORK/vae.pt (weights, EMA, optimisers, step) every few minutes and continues from it. The sets kept for
+adaptation are read only to print the PSNR on styles never seen; they are never trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from art import ADAPTATION_SETS, BASE_SETS, read_subjects
+from diffusers import AutoencoderKL
+from muon import Ema, Schedule, build_optimizers
+from torch import Tensor
+
+CHANNELS = (16, 32, 64, 96)
+KL_WEIGHT = 5e-5
+
+
+def build_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=CHANNELS,
+        down_block_types=("DownEncoderBlock2D",) * len(CHANNELS),
+        up_block_types=("UpDecoderBlock2D",) * len(CHANNELS),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=128,
+    )
+
+
+def load_pixels(work: Path, package: str, subjects_only: bool = False) -> Tensor:
+    """[N, 3, 128, 128] uint8."""
+    data = np.load(work / "art" / f"{package}.npz")
+    pixels, names = data["pixels"], data["names"]
+    if subjects_only:
+        wanted = set(read_subjects())
+        pixels = pixels[[name in wanted for name in names]]
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Flip, shift, scale and permute colours of uint8 [B, 3, H, W]; returns float in [-1, 1]."""
+    batch = pixels.float().div_(127.5).sub_(1)
+    count = len(batch)
+    draw = torch.rand(count, 6, generator=generator)
+    scale = torch.where(draw[:, 0] < 0.5, torch.ones(count), 0.8 + 0.5 * draw[:, 1])
+    sign = torch.where(draw[:, 2] < 0.5, -1.0, 1.0)
+    shift = (draw[:, 3:5] - 0.5) * 0.2 * (scale != 1)[:, None]
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = sign / scale, 1 / scale, shift
+    grid = F.affine_grid(theta, list(batch.shape), align_corners=False)
+    batch = F.grid_sample(batch - 1, grid, align_corners=False, padding_mode="zeros") + 1
+    for row in torch.nonzero(draw[:, 5] < 0.25).flatten().tolist():
+        batch[row] = batch[row, torch.randperm(3, generator=generator)]
+    return batch
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKL, pixels: Tensor) -> float:
+    """Mean over the pictures of the PSNR in dB, peak 255."""
+    values = []
+    for chunk in pixels.split(16):
+        x = chunk.float() / 127.5 - 1
+        with torch.autocast("cpu", torch.bfloat16):
+            y = vae.decode(vae.encode(x).latent_dist.mode()).sample.float().clamp(-1, 1)
+        values += (-10 * torch.log10(((x - y) / 2).square().mean((1, 2, 3)) + 1e-12)).tolist()
+    return float(np.mean(values))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=40)
+    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--lr-matrix", type=float, default=0.01)
+    parser.add_argument("--lr-other", type=float, default=2e-3)
+    parser.add_argument("--adam", action="store_true")
+    parser.add_argument("--decoder-only", action="store_true", help="keep the latents as they are")
+    parser.add_argument("--state", default="vae.pt")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+
+    every = torch.cat([load_pixels(args.work, s.package) for s in BASE_SETS])
+    chosen = torch.cat([load_pixels(args.work, s.package, subjects_only=True) for s in BASE_SETS])
+    unseen = {s.package: load_pixels(args.work, s.package, subjects_only=True)[::6] for s in ADAPTATION_SETS}
+    print(f"{len(every)} drawings, {len(chosen)} of them subjects", flush=True)
+
+    vae = build_vae()
+    path, step = args.work / args.state, 0
+    saved = torch.load(path, weights_only=True) if path.exists() else None
+    if saved:
+        vae.load_state_dict(saved["model"])
+        step = saved["step"]
+    if args.decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    skip = ("",) if args.adam else ("conv_in", "conv_out", "quant_conv")
+    optimizers = build_optimizers(vae, args.lr_matrix, args.lr_other, skip=skip)
+    schedule, ema = Schedule(optimizers), Ema(vae, 0.999)
+    if saved:
+        ema.shadow = saved["ema"]
+    started, first, losses, told = time.time(), step, [], time.time()
+    while (progress := (time.time() - started) / (60 * args.minutes)) < 1:
+        source = every if torch.rand((), generator=generator) < 0.5 else chosen
+        picks = torch.randint(len(source), (args.batch,), generator=generator)
+        x = augment(source[picks], generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(x).latent_dist
+            y = vae.decode(posterior.sample()).sample
+        error = (y.float() - x).square().mean()
+        loss = error + KL_WEIGHT * posterior.kl().mean() / (4 * 16 * 16)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in vae.parameters() if p.requires_grad], 1.0)
+        schedule.set(progress, step - first)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step += 1
+        ema.update(vae, step - first)
+        losses.append(error.item())
+        if time.time() - told > 60:
+            rate = (step - first) * args.batch / (time.time() - started)
+            std = posterior.mean.std().item()
+            print(f"step {step} {progress:.0%} mse {np.mean(losses[-300:]):.5f} {rate:.1f} img/s latent std {std:.2f}", flush=True)
+            told = time.time()
+            if step % 5 == 0 or progress > 0.9:
+                save(path, vae, ema, step)
+    save(path, vae, ema, step)
+    ema.copy_to(vae)
+    vae.eval()
+    for name, pixels in unseen.items():
+        print(f"{name}: PSNR {psnr(vae, pixels):.2f} dB", flush=True)
+
+
+def save(path: Path, vae: AutoencoderKL, ema: Ema, step: int) -> None:
+    temporary = path.with_suffix(".tmp")
+    torch.save({"model": vae.state_dict(), "ema": ema.shadow, "step": step}, temporary)
+    temporary.rename(path)
+
+
+if __name__ == "__main__":
+    main()
