@@ -134,8 +134,7 @@ def main() -> None:
             std = posterior.mean.std().item()
             print(f"step {step} {progress:.0%} mse {np.mean(losses[-300:]):.5f} {rate:.1f} img/s latent std {std:.2f}", flush=True)
             told = time.time()
-            if step % 5 == 0 or progress > 0.9:
-                save(path, vae, ema, step)
+            save(path, vae, ema, step)
     save(path, vae, ema, step)
     ema.copy_to(vae)
     vae.eval()

@@ -1,0 +1,206 @@
+"""The command line. Heavy libraries are imported inside the commands, so that help and mistakes answer at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from sdlora import __version__
+from sdlora.errors import SdloraError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="sdlora",
+    help="Train style LoRAs for Stable Diffusion, stack them, draw with them, share them.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+DataFolder = Annotated[Path, typer.Argument(help="Folder with images and captions. It is only read.")]
+Trigger = Annotated[str | None, typer.Option("--trigger", help='Phrase that calls the style, e.g. "blob emoji style".')]
+
+
+def _say(message: str) -> None:
+    out.print(message, markup=False)
+
+
+def _warn(message: str) -> None:
+    err.print(f"[yellow]warning:[/] {escape(message)}")
+
+
+def _version(value: bool) -> None:
+    if value:
+        _say(f"sdlora {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+@app.command()
+def demo(
+    out_dir: Annotated[Path, typer.Option("--out", help="Where the pictures and adapters go.")] = Path("outputs/demo"),
+    exposures: Annotated[int | None, typer.Option(help="How often each image is seen in training.", min=1)] = None,
+) -> None:
+    """Train two styles on the small built-in model, stack them, and draw the sheet that shows it."""
+    from sdlora.demo import run_demo
+
+    run_demo(out_dir, say=_say, exposures=exposures)
+
+
+@app.command()
+def check(data: DataFolder, trigger: Trigger = None) -> None:
+    """Look through a dataset: what was found, and every problem with its remedy. Needs no model."""
+    from sdlora.data.dataset import compose_caption, scan_dataset
+
+    dataset = scan_dataset(data, trigger=trigger)
+    _say(f"{data}: {dataset.layout}")
+    example = dataset.examples[0]
+    _say(f'An example: {example.path.name} is learnt as "{compose_caption(example.caption, trigger)}"')
+    for problem in dataset.warnings:
+        _warn(str(problem))
+    if trigger is None:
+        _say('Without --trigger the style has no name of its own to be called by. Usual: --trigger "my ink style".')
+    _say("This can be trained on.")
+
+
+@app.command()
+def train(
+    data: Annotated[Path | None, typer.Argument(help="Folder with images and captions. It is only read.")] = None,
+    trigger: Trigger = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", "--pretrained_model_name_or_path", help="Folder, Hub id, or `tiny` (built in)."),
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="TOML file; see docs/CONFIG.md.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="section.name=value, as often as needed.")] = None,
+    out_dir: Annotated[Path | None, typer.Option("--out", "--output_dir", help="Folder for runs.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the run and its file.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", "--network_dim")] = None,
+    targets: Annotated[str | None, typer.Option("--targets", help="cross-attention, attention, attention+ff.")] = None,
+    exposures: Annotated[int | None, typer.Option(help="How often each image is seen: the length.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--lr", "--learning_rate")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", "--train_batch_size")] = None,
+    resolution: Annotated[int | None, typer.Option("--resolution")] = None,
+    precision: Annotated[str | None, typer.Option("--precision", "--mixed_precision")] = None,
+    seed: Annotated[int | None, typer.Option("--seed")] = None,
+    xformers: Annotated[bool, typer.Option("--xformers", help="Attention by xformers (CUDA only).")] = False,
+) -> None:
+    """Train a style LoRA on a folder of images."""
+    from sdlora.config import load_config
+
+    given = {
+        "data.path": data,
+        "data.trigger": trigger,
+        "data.resolution": resolution,
+        "model.base": base,
+        "model.precision": {"no": "fp32"}.get(precision or "", precision),
+        "model.attention": "xformers" if xformers else None,
+        "lora.rank": rank,
+        "lora.targets": targets,
+        "train.exposures": exposures,
+        "train.learning_rate": learning_rate,
+        "train.batch_size": batch_size,
+        "train.seed": seed,
+        "output.dir": out_dir,
+        "output.name": name,
+    }
+    from_options = [f"{key}={_toml_value(value)}" for key, value in given.items() if value is not None]
+    train_config = load_config(config, [*from_options, *(settings or [])])
+
+    from sdlora.data.dataset import scan_dataset
+
+    dataset = scan_dataset(
+        train_config.data.path, trigger=train_config.data.trigger, background=train_config.data.background_rgb
+    )
+    _say(f"{train_config.data.path}: {dataset.layout}")
+    for problem in dataset.warnings:
+        _warn(str(problem))
+
+    from sdlora.workflows import train_with_progress
+
+    train_with_progress(train_config, dataset, say=_say, console=out)
+
+
+def _toml_value(value: object) -> str:
+    """A command-line value as the right-hand side of `--set`."""
+    if isinstance(value, int | float):
+        return repr(value)
+    import json
+
+    return json.dumps(str(value), ensure_ascii=False)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help='What to draw; "<lora:name:0.8>" in it works too.')],
+    lora: Annotated[list[str] | None, typer.Option("--lora", help="FILE or FILE:WEIGHT, as often as wanted.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Folder, Hub id, or `tiny` (built in).")] = None,
+    num_images: Annotated[int, typer.Option("-n", "--num-images")] = 1,
+    seed: Annotated[int, typer.Option("--seed", help="The first picture's; the next ones count up.")] = 0,
+    steps: Annotated[int | None, typer.Option("--steps")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="How strictly the prompt is followed.")] = None,
+    negative: Annotated[str, typer.Option("--negative", help="What to keep out.")] = "",
+    height: Annotated[int | None, typer.Option("--height")] = None,
+    width: Annotated[int | None, typer.Option("--width")] = None,
+    scheduler: Annotated[str | None, typer.Option("--scheduler", help="ddim, euler, euler-a, dpm++2m, unipc ...")] = None,
+    precision: Annotated[str, typer.Option("--precision", help="auto, fp16, bf16, fp32.")] = "auto",
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Pictures computed at once.")] = 1,
+    lora_dir: Annotated[Path, typer.Option("--lora-dir", help="Where <lora:name> is looked for.")] = Path("outputs"),
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("outputs/pictures"),
+) -> None:
+    """Draw pictures, with any number of LoRAs at their weights."""
+    from sdlora.prompts import find_adapter, parse_adapter_argument, split_adapter_tags
+
+    text, tagged = split_adapter_tags(prompt)
+    choices = [*(parse_adapter_argument(item) for item in lora or []), *tagged]
+    files = [(find_adapter(choice.source, [Path("."), lora_dir]), choice.weight) for choice in choices]
+
+    from sdlora.workflows import GenerateOptions, generate_files
+
+    options = GenerateOptions(
+        prompt=text,
+        adapters=tuple(files),
+        base=base,
+        num_images=num_images,
+        seed=seed,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        negative_prompt=negative,
+        height=height,
+        width=width,
+        scheduler=scheduler,
+        precision=precision,
+        batch_size=batch_size,
+        out_dir=out_dir,
+    )
+    for path in generate_files(options, warn=_warn):
+        _say(str(path))
+
+
+def main() -> None:
+    """Run the command line; every error a user can cause becomes one message and its exit code."""
+    try:
+        app(standalone_mode=True)
+    except SdloraError as error:
+        err.print(f"[bold red]error:[/] {escape(str(error))}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("Stopped.")
+        sys.exit(130)

@@ -1,0 +1,68 @@
+"""Adapters named on the command line and in prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sdlora.errors import GenerationError
+from sdlora.prompts import AdapterChoice, cut_words, find_adapter, parse_adapter_argument, split_adapter_tags
+
+
+@pytest.mark.parametrize(
+    ("text", "source", "weight"),
+    [
+        ("ink.safetensors", "ink.safetensors", 1.0),
+        ("ink.safetensors:0.8", "ink.safetensors", 0.8),
+        ("a b/v1.5.safetensors:-.25", "a b/v1.5.safetensors", -0.25),
+        (r"C:\art\ink.safetensors", r"C:\art\ink.safetensors", 1.0),
+        (r"C:\art\ink.safetensors:2", r"C:\art\ink.safetensors", 2.0),
+        ("ink", "ink", 1.0),
+    ],
+)
+def test_a_lora_argument_is_a_path_and_perhaps_a_weight(text: str, source: str, weight: float) -> None:
+    assert parse_adapter_argument(text) == AdapterChoice(source, weight)
+
+
+@pytest.mark.parametrize("text", ["ink:loud", "ink.safetensors:nan", "ink.safetensors:inf", "ink:"])
+def test_a_weight_that_is_no_finite_number_is_refused(text: str) -> None:
+    with pytest.raises(GenerationError, match="weight"):
+        parse_adapter_argument(text)
+
+
+def test_tags_leave_the_prompt_and_become_adapters() -> None:
+    prompt, choices = split_adapter_tags("a fox <lora:ink:0.8>, at night <lora:my style v1.5>")
+    assert prompt == "a fox, at night"
+    assert choices == (AdapterChoice("ink", 0.8), AdapterChoice("my style v1.5", 1.0))
+
+
+def test_a_prompt_without_tags_is_unchanged() -> None:
+    assert split_adapter_tags("a <3 fox, (red:1.2)") == ("a <3 fox, (red:1.2)", ())
+
+
+def test_an_adapter_is_found_by_name_below_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "ink.safetensors").touch()
+    assert find_adapter("ink", [tmp_path]).name == "ink.safetensors"
+    with pytest.raises(GenerationError, match="sunset"):
+        find_adapter("sunset", [tmp_path])
+
+
+def test_two_adapters_of_one_name_are_not_guessed_between(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "ink.safetensors").touch()
+    with pytest.raises(GenerationError, match="2 files"):
+        find_adapter("ink", [tmp_path])
+
+
+def test_words_beyond_the_text_encoder_are_named(tiny_pipeline) -> None:
+    tokenizer = tiny_pipeline.tokenizer
+    words = ["fox"] * 200
+    cut = cut_words(" ".join(words), tokenizer)
+    kept = tokenizer(" ".join(words), truncation=True, max_length=tokenizer.model_max_length).input_ids
+    rest = tokenizer(cut).input_ids
+    whole = tokenizer(" ".join(words)).input_ids
+    assert cut and len(kept) - 2 + len(rest) - 2 == len(whole) - 2
+    assert cut_words("fox", tokenizer) == ""
