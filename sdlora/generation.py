@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sdlora import __version__
 from sdlora.errors import GenerationError
-from sdlora.families.load import load_pipeline
+from sdlora.families import load_pipeline, resolve_base
 from sdlora.picture_file import AdapterRecord, Recipe
 from sdlora.precision import choose_precision
 from sdlora.prompts import cut_words
@@ -130,8 +130,8 @@ class Generator:
             raise GenerationError(f"No precision is called {precision!r}. Known: auto, fp16, bf16, fp32.")
         wanted = "fp32" if precision == "auto" and place.type == "cpu" else precision
         chosen = choose_precision(wanted, place)  # type: ignore[arg-type]
-        pipeline = load_pipeline(base, weight_dtype=chosen.weight_dtype, device=place)
-        return cls(pipeline, base=base if base == "tiny" else base.rstrip("/\\").replace("\\", "/"), warn=warn)
+        pipeline = load_pipeline(resolve_base(base), weight_dtype=chosen.weight_dtype, device=place)
+        return cls(pipeline, base=base, warn=warn)
 
     def draw(self, request: GenerationRequest) -> Iterator[GeneratedPicture]:
         """Yield `num_images` pictures, in order of their seeds.

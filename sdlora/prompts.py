@@ -87,4 +87,5 @@ def cut_words(prompt: str, tokenizer: Any) -> str:
     """The end of `prompt` that does not fit the text encoder (77 tokens with start and end), or ""."""
     ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
     limit = tokenizer.model_max_length
-    return str(tokenizer.decode(ids[limit - 1 : -1])).strip() if len(ids) > limit else ""
+    # Tokenizers saved without a decoder leave the mark of a word's end in the text.
+    return str(tokenizer.decode(ids[limit - 1 : -1])).replace("</w>", " ").strip() if len(ids) > limit else ""

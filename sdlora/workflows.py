@@ -13,8 +13,11 @@ from sdlora import embedded
 from sdlora.adapter_file import read_adapter
 from sdlora.config import DEFAULT_BASE, TrainConfig
 from sdlora.data.dataset import ImageDataset
+from sdlora.events import RunFinished
 from sdlora.generation import GenerationRequest, Generator
 from sdlora.picture_file import save_picture
+from sdlora.progress import terminal_progress
+from sdlora.training import train_adapter
 
 __all__ = ["GenerateOptions", "generate_files", "train_with_progress"]
 
@@ -84,3 +87,26 @@ def _base_of_adapters(adapters: tuple[tuple[Path, float], ...]) -> str | None:
 def _next_index(folder: Path) -> int:
     numbers = [int(match[1]) for path in folder.glob("*.png") if (match := re.match(r"(\d{5})-", path.name))]
     return max(numbers, default=0) + 1
+
+
+def train_with_progress(
+    config: TrainConfig, dataset: ImageDataset, *, say: Callable[[str], None], console: Console
+) -> Path:
+    """Train as `config` says, with a progress bar; returns the adapter's path.
+
+    Raises:
+        ModelError: the base cannot be had or used here.
+        TrainingError: training cannot start or go on.
+    """
+    ends: list[RunFinished] = []
+    with terminal_progress(console.file) as progress:
+        path = train_adapter(
+            config,
+            dataset=dataset,
+            observers=[progress, lambda event: ends.append(event) if isinstance(event, RunFinished) else None],
+            say=say,
+        )
+    if ends and ends[0].stopped_early:
+        say(f"Stopped after step {ends[0].step}; what was learnt until then is saved.")
+    say(f'{path} ({path.stat().st_size / 1024:.0f} kB). Draw with it: sdlora generate "..." --lora {path}')
+    return path

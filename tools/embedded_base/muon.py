@@ -20,14 +20,15 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     transposed = x.shape[1] > x.shape[2]
     x = x.mT if transposed else x
-    gram = x @ x.mT
+    # The two products with X are nearly all the work; bf16 is enough for a direction.
+    gram = (x.bfloat16() @ x.bfloat16().mT).float()
     product = identity = torch.eye(gram.shape[-1])
     for index in range(steps):
         factor = a * identity + b * gram + c * (gram @ gram)
         product = factor @ product
         if index < steps - 1:
             gram = factor @ factor @ gram
-    x = product @ x
+    x = (product.bfloat16() @ x.bfloat16()).float()
     return x.mT if transposed else x
 
 
