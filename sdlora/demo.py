@@ -28,6 +28,7 @@ from sdlora.training import train_adapter
 __all__ = ["DemoStyle", "StyleResult", "find_datasets", "run_demo"]
 
 SHEET_PROMPTS = 8
+HELD_OUT = 40
 STACK_WEIGHTS = (0.7, 0.5)
 SEED = 7
 
@@ -72,7 +73,7 @@ def find_datasets() -> Path:
 
 def held_out_drawings(dataset: Path) -> dict[str, Image.Image]:
     """Subject -> its true drawing in this style, for the subjects that are never trained on."""
-    examples = scan_dataset(dataset / "heldout").examples
+    examples = scan_dataset(dataset / "heldout").examples[:HELD_OUT]
     pictures: dict[str, Image.Image] = {}
     for example in examples:
         with Image.open(example.path) as image:

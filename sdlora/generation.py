@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -153,7 +154,7 @@ class Generator:
         for text in dict.fromkeys([*prompts, request.negative_prompt]):
             self._tell_cut_words(text)
         scheduler = self._scheduler(request.scheduler)
-        with self.stack.merged():
+        with nullcontext() if self.stack.is_merged else self.stack.merged():
             for start in range(0, len(prompts), request.batch_size):
                 part = slice(start, start + request.batch_size)
                 yield from self._draw_batch(prompts[part], seeds[part], request, scheduler)

@@ -20,8 +20,8 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     transposed = x.shape[1] > x.shape[2]
     x = x.mT if transposed else x
-    # The two products with X are nearly all the work; bf16 is enough for a direction.
-    gram = (x.bfloat16() @ x.bfloat16().mT).float()
+    # In bf16 the Gram matrix would get eigenvalues below zero, which the iteration blows up.
+    gram = x @ x.mT
     product = identity = torch.eye(gram.shape[-1])
     for index in range(steps):
         factor = a * identity + b * gram + c * (gram @ gram)

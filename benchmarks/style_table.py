@@ -1,0 +1,108 @@
+"""What a target preset and a rank buy on the embedded base: the table in README.
+
+    python benchmarks/style_table.py --out outputs/style_table
+
+Trains every combination on both datasets, draws the held-out subjects, and measures the style gap closed, the subjects
+kept (share of pictures whose own drawing is among the five nearest, against the base's own share), the time and the
+file's size. Rows already in OUT/table.json are kept, so that it can be stopped and continued.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+import sdlora
+from sdlora.config import load_config
+from sdlora.demo import STYLES, DemoStyle, draw, find_datasets, held_out_drawings
+from sdlora.fidelity import style_gap_closed, subject_topk
+from sdlora.generation import Generator
+from sdlora.training import train_adapter
+
+PRESETS = ("cross-attention", "attention", "attention+ff")
+RANKS = (4, 16)
+
+
+def measure(style: DemoStyle, preset: str, rank: int, out_dir: Path, exposures: int | None) -> dict[str, object]:
+    datasets = find_datasets()
+    settings: dict[str, object] = {
+        "data.path": str(datasets / style.folder),
+        "data.trigger": style.trigger,
+        "lora.targets": preset,
+        "lora.rank": rank,
+        "output.dir": str(out_dir / "runs"),
+        "output.name": f"{style.folder}-{preset.replace('+', '-')}-r{rank}",
+    }
+    if exposures is not None:
+        settings["train.exposures"] = exposures
+    started = time.perf_counter()
+    config = load_config(datasets.parent / "configs" / "tiny_cpu.toml", [f"{k}={v!r}" for k, v in settings.items()])
+    path = train_adapter(config)
+    seconds = time.perf_counter() - started
+    drawings = held_out_drawings(datasets / style.folder)
+    subjects, truth = list(drawings), list(drawings.values())
+    prompts = [f"{subject}, {style.trigger}" for subject in subjects]
+    generator = Generator.from_base("tiny")
+    without, plain = draw(generator, prompts), draw(generator, subjects)
+    generator.stack.load(path)
+    with_adapter = draw(generator, prompts)
+    return {
+        "dataset": style.folder,
+        "targets": preset,
+        "rank": rank,
+        "gap_closed": style_gap_closed(with_adapter, without, truth),
+        "subject_top5": subject_topk(with_adapter, truth, k=5),
+        "subject_top5_base": subject_topk(plain, truth, k=5),
+        "seconds": seconds,
+        "kilobytes": path.stat().st_size / 1024,
+    }
+
+
+def to_markdown(rows: list[dict[str, object]]) -> str:
+    lines = [
+        "| dataset | targets | rank | gap closed | subject kept | training | file |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        kept = float(row["subject_top5"]) / max(float(row["subject_top5_base"]), 1e-9)  # type: ignore[arg-type]
+        lines.append(
+            f"| {row['dataset']} | {row['targets']} | {row['rank']} | {row['gap_closed']:.2f} | {kept:.0%} "
+            f"| {row['seconds']:.0f} s | {row['kilobytes']:.0f} kB |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("outputs/style_table"))
+    parser.add_argument("--exposures", type=int)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    table = args.out / "table.json"
+    rows: list[dict[str, object]] = json.loads(table.read_text())["rows"] if table.exists() else []
+    done = {(row["dataset"], row["targets"], row["rank"]) for row in rows}
+    for style in STYLES:
+        for preset in PRESETS:
+            for rank in RANKS:
+                if (style.folder, preset, rank) in done:
+                    continue
+                rows.append(measure(style, preset, rank, args.out, args.exposures))
+                machine = {
+                    "processor": platform.processor() or platform.machine(),
+                    "cores": os.cpu_count(),
+                    "torch": torch.__version__,
+                    "sdlora": sdlora.__version__,
+                }
+                table.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+                print(to_markdown(rows[-1:]).splitlines()[-1], flush=True)
+    print(to_markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

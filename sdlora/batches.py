@@ -1,0 +1,137 @@
+"""Which images a step sees, in what order and with what noise: all from the seed and the number of the exposure.
+
+An exposure is one showing of one image; exposures are numbered through the whole run. What belongs to a number does
+not depend on how steps are cut into batches, so that a run can stop and go on, or be cut otherwise, and be the same.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdlora.families.base import ModelFamily, PromptEmbeds
+from sdlora.objective import offset_noise
+from sdlora.prepare import EMPTY_PROMPT_ROW, PreparedExample, TrainingSet
+from sdlora.randomness import counter_generator, counter_uniform, spread_timesteps
+
+__all__ = ["Batch", "ExposureOrder", "micro_batches"]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What one forward pass takes; b examples of one size, on the device."""
+
+    latents: Tensor
+    """Clean, fp32 [b, 4, h, w]."""
+    noise: Tensor
+    """fp32 [b, 4, h, w]."""
+    timesteps: Tensor
+    """int64 [b]."""
+    embeds: PromptEmbeds
+    added_cond_kwargs: dict[str, Tensor] | None
+    names: tuple[str, ...]
+    """File names, for messages."""
+
+
+class ExposureOrder:
+    """The order of the entries: every epoch shows each once, shuffled anew.
+
+    Entries of one size stand together in groups of `group_size` as far as they go, so that a step mostly needs one
+    forward pass; what is left over stands at the epoch's end. Nothing is dropped and nothing shown twice.
+    """
+
+    def __init__(self, sizes: Sequence[Hashable], *, group_size: int, seed: int):
+        self._sizes, self._group_size, self._seed = tuple(sizes), group_size, seed
+        self._epoch: tuple[int, list[int]] = (-1, [])
+
+    def entry(self, exposure: int) -> int:
+        """The entry that this exposure shows."""
+        epoch, position = divmod(exposure, len(self._sizes))
+        if epoch != self._epoch[0]:
+            self._epoch = (epoch, self.epoch(epoch))
+        return self._epoch[1][position]
+
+    def epoch(self, number: int) -> list[int]:
+        """All entries in this epoch's order."""
+        groups: list[list[int]] = []
+        open_groups: dict[Hashable, list[int]] = defaultdict(list)
+        for entry in self._shuffled(len(self._sizes), "order", number):
+            group = open_groups[self._sizes[entry]]
+            group.append(entry)
+            if len(group) == self._group_size:
+                groups.append(open_groups.pop(self._sizes[entry]))
+        full = [groups[index] for index in self._shuffled(len(groups), "group-order", number)]
+        return [entry for group in (*full, *open_groups.values()) for entry in group]
+
+    def _shuffled(self, count: int, purpose: str, epoch: int) -> list[int]:
+        permutation: list[int] = torch.randperm(count, generator=counter_generator(self._seed, purpose, epoch)).tolist()
+        return permutation
+
+
+def micro_batches(
+    training_set: TrainingSet,
+    exposures: Sequence[tuple[int, int]],
+    *,
+    family: ModelFamily,
+    batch_size: int,
+    seed: int,
+    num_train_timesteps: int,
+    caption_dropout: float,
+    noise_offset: float,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """The batches of one step: (exposure number, example index) pairs, split by size, at most `batch_size` each."""
+    by_size: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    for exposure, index in exposures:
+        by_size[training_set.examples[index].target_hw].append((exposure, index))
+    for members in by_size.values():
+        for start in range(0, len(members), batch_size):
+            part = members[start : start + batch_size]
+            numbers = [exposure for exposure, _ in part]
+            examples = [training_set.examples[index] for _, index in part]
+            timesteps = spread_timesteps(torch.tensor(numbers), seed=seed, num_train_timesteps=num_train_timesteps)
+            embeds = training_set.captions.select(_caption_rows(examples, numbers, seed, caption_dropout)).to(device)
+            yield Batch(
+                latents=_latents(examples, numbers, seed).to(device),
+                noise=_noise(examples, numbers, seed, noise_offset).to(device),
+                timesteps=timesteps.to(device),
+                embeds=embeds,
+                added_cond_kwargs=family.added_cond_kwargs(
+                    embeds,
+                    [example.original_hw for example in examples],
+                    [example.crop_top_left_yx for example in examples],
+                    [example.target_hw for example in examples],
+                ),
+                names=tuple(example.name for example in examples),
+            )
+
+
+def _latents(examples: Sequence[PreparedExample], numbers: Sequence[int], seed: int) -> Tensor:
+    drawn = []
+    for example, number in zip(examples, numbers, strict=True):
+        mirrored = example.mirrored_latents
+        shown = mirrored if mirrored is not None and counter_uniform(seed, "flip", number) < 0.5 else example.latents
+        drawn.append(shown.sample(counter_generator(seed, "latents", number)))
+    return torch.stack(drawn)
+
+
+def _noise(examples: Sequence[PreparedExample], numbers: Sequence[int], seed: int, offset: float) -> Tensor:
+    shape = examples[0].latents.mean.shape
+    noise = torch.stack([torch.randn(shape, generator=counter_generator(seed, "noise", number)) for number in numbers])
+    if not offset:
+        return noise
+    offsets = [torch.randn(shape[0], generator=counter_generator(seed, "noise-offset", number)) for number in numbers]
+    return offset_noise(noise, torch.stack(offsets), offset)
+
+
+def _caption_rows(
+    examples: Sequence[PreparedExample], numbers: Sequence[int], seed: int, caption_dropout: float
+) -> list[int]:
+    return [
+        EMPTY_PROMPT_ROW if counter_uniform(seed, "caption-dropout", number) < caption_dropout else example.caption_row
+        for example, number in zip(examples, numbers, strict=True)
+    ]

@@ -1,0 +1,429 @@
+"""The settings of a training run: what they are, how they are read, written and documented. Loads no model library.
+
+A setting comes from its default, then the TOML file, then `--set section.name=value`; the last one wins. All mistakes
+are reported together. The text under each field is its documentation: docs/CONFIG.md is made from it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+
+from sdlora.errors import ConfigError, Problem
+
+__all__ = [
+    "DEFAULT_BASE",
+    "TARGET_PRESETS",
+    "DataConfig",
+    "LoraSettings",
+    "ModelConfig",
+    "OutputConfig",
+    "PreviewConfig",
+    "TrainConfig",
+    "TrainSettings",
+    "config_reference",
+    "load_config",
+    "to_toml",
+]
+
+DEFAULT_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+TARGET_PRESETS = ("cross-attention", "attention", "attention+ff")
+
+Count: TypeAlias = Annotated[int, Field(strict=True, ge=1)]
+Seed: TypeAlias = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Fraction: TypeAlias = Annotated[float, Field(strict=True, ge=0, le=1)]
+NotNegative: TypeAlias = Annotated[float, Field(strict=True, ge=0)]
+Positive: TypeAlias = Annotated[float, Field(strict=True, gt=0)]
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,99}")
+_RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,
+        use_attribute_docstrings=True,
+    )
+
+
+class ModelConfig(_Section):
+    """The model that is trained on, and how it computes."""
+
+    base: str = Field(default=DEFAULT_BASE, min_length=1)
+    """The base model: a diffusers folder, a Hugging Face id, or `tiny` for the small model inside this package."""
+
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    """Number format of the computation. `auto`: fp16 on CUDA, bf16 on CPUs that have it, else fp32. The LoRA's own
+    weights are always kept in fp32."""
+
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """Attention kernel. `sdpa` is PyTorch's own; `xformers` needs that package and a CUDA device."""
+
+
+class DataConfig(_Section):
+    """The pictures and their captions."""
+
+    path: Path
+    """The folder with the images. It is only read."""
+
+    trigger: str | None = Field(default=None, min_length=1)
+    """A phrase added to every caption; in a prompt it later calls the style. Required if an image has no caption."""
+
+    resolution: int | None = Field(default=None, strict=True, ge=64, le=4096, multiple_of=8)
+    """Side in pixels of the square whose area the images are brought to (they keep about their shape). None: the base
+    model's own, e.g. 512 for SD 1.5, 1024 for SDXL."""
+
+    background: str = Field(default="#ffffff", pattern=r"^#[0-9A-Fa-f]{6}$")
+    """Colour under transparent images, as `#rrggbb`."""
+
+    caption_dropout: Fraction = 0.1
+    """Share of exposures shown without caption, which keeps guidance working. 0.05 to 0.1 is usual."""
+
+    flip: bool = Field(default=False, strict=True)
+    """Also show images mirrored, at random. Wrong for art with lettering, signatures or a fixed direction of light."""
+
+    @property
+    def background_rgb(self) -> tuple[int, int, int]:
+        """`background` as red, green, blue in 0..255."""
+        red, green, blue = bytes.fromhex(self.background[1:])
+        return red, green, blue
+
+
+class LoraSettings(_Section):
+    """The low-rank adapter."""
+
+    rank: int = Field(default=16, strict=True, ge=1, le=512)
+    """Inner width of the adapter. More holds more detail, gives a larger file and copies the images sooner."""
+
+    alpha: Positive | None = None
+    """The adapter's change is multiplied by alpha / rank. None: equal to rank, so that weight 1.0 is full strength."""
+
+    dropout: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs set to zero in training, against copying. 0 to 0.1."""
+
+    targets: str | tuple[str, ...] = "cross-attention"
+    """The layers that get an adapter: `cross-attention` (where text meets picture; the smallest file), `attention`
+    (also self-attention), `attention+ff` (also feed-forward), or a list of patterns such as
+    `["*.attn1.to_v", "*.attn2.to_k"]`, each of which must match a layer."""
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _known_preset_or_patterns(cls, value: object) -> object:
+        if isinstance(value, str) and value not in TARGET_PRESETS:
+            raise ValueError(
+                f"no preset is called {value!r}{_did_you_mean(value, TARGET_PRESETS)}; "
+                f"presets: {', '.join(TARGET_PRESETS)}; own patterns are written as a list"
+            )
+        if isinstance(value, list | tuple) and (not value or not all(isinstance(x, str) and x for x in value)):
+            raise ValueError("patterns are a list of one or more texts")
+        if not isinstance(value, str | list | tuple):
+            raise ValueError(f"a preset ({', '.join(TARGET_PRESETS)}) or a list of patterns is wanted")
+        return value
+
+
+class TrainSettings(_Section):
+    """How long and how strongly is trained."""
+
+    exposures: Count = 100
+    """How often each image is seen. The one number for the length: steps, warm-up and saves follow from it, so that it
+    keeps its meaning for any number of images and any batch size. 60 to 170 is usual for 30 to 60 images."""
+
+    batch_size: Count = 2
+    """Images computed at once. More needs more memory."""
+
+    gradient_accumulation: Count = 1
+    """Batches whose gradients are added before one update: a larger batch for the same memory."""
+
+    learning_rate: Positive = 1e-4
+    """Peak step size of AdamW. With alpha = rank, 5e-5 to 3e-4 for Stable Diffusion; a small base takes more."""
+
+    warmup_fraction: Fraction = 0.05
+    """Share of the steps in which the learning rate rises from 0 to its peak; then it falls to 0 along a cosine."""
+
+    weight_decay: NotNegative = 0.01
+    """AdamW's decay of the adapter's weights."""
+
+    snr_gamma: NotNegative = 5.0
+    """Caps the weight of the easy, nearly noiseless steps (Min-SNR, arXiv 2303.09556, which uses 5). 0: off."""
+
+    noise_offset: NotNegative = 0.0
+    """Adds to the noise a random constant per channel of this size; 0.03 to 0.05 helps very dark or bright styles."""
+
+    max_grad_norm: Positive = 1.0
+    """Gradients longer than this are shortened to it before the update."""
+
+    seed: Seed = 0
+    """Start of every random choice. Same seed, same machine, same settings: same adapter."""
+
+    save_every: Count | None = None
+    """Steps between saved adapters. None: five saves, evenly spread, the last at the end."""
+
+    log_every: Count = 1
+    """Steps between progress events; each tells the mean loss since the one before."""
+
+
+class PreviewConfig(_Section):
+    """Pictures drawn at each save, to watch the style arrive."""
+
+    prompts: tuple[str, ...] = ()
+    """What to draw. Empty: nothing; drawing needs the text encoder and the VAE kept in memory."""
+
+    num_inference_steps: Count = 20
+    """Denoising steps of a preview."""
+
+    guidance_scale: NotNegative = 7.5
+    """How strongly a preview follows its prompt."""
+
+    seed: Seed = 0
+    """Seed of every preview, so that those of different steps can be compared."""
+
+
+class OutputConfig(_Section):
+    """Where the results go."""
+
+    dir: Path = Path("outputs")
+    """The folder in which the run's own folder is made."""
+
+    name: str | None = None
+    """Name of the run's folder and of the adapter file. None: the name of the data folder. A folder that exists is
+    never reused: `-2`, `-3`, ... is added to the folder's name."""
+
+    @field_validator("name")
+    @classmethod
+    def _safe_file_name(cls, value: str | None) -> str | None:
+        if value is None:
+            return value
+        if not _FILE_NAME.fullmatch(value) or value.endswith((" ", ".")) or value.split(".")[0].lower() in _RESERVED:
+            raise ValueError("a plain file name is wanted: letters, digits, space and . _ + -, at most 100 characters")
+        return value
+
+
+class TrainConfig(_Section):
+    """All settings of one training run; frozen and checked."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    lora: LoraSettings = LoraSettings()
+    train: TrainSettings = TrainSettings()
+    preview: PreviewConfig = PreviewConfig()
+    output: OutputConfig = OutputConfig()
+
+    @property
+    def run_name(self) -> str:
+        """`output.name`, or one made of the data folder's name."""
+        if self.output.name is not None:
+            return self.output.name
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "-", self.data.path.resolve().name).strip("-_")[:80]
+        return stem if stem and stem.lower() not in _RESERVED else "adapter"
+
+
+def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The settings of a TOML file (None: only defaults), with `section.name=value` overrides laid over it.
+
+    A value is read as TOML where it is that (`3`, `true`, `["a", "b"]`), else as plain text; `none` takes a setting
+    of the file back to its default.
+
+    Raises:
+        ConfigError: with every problem of the file and the overrides.
+    """
+    problems: list[Problem] = []
+    values = _read_toml(path, problems) if path is not None else {}
+    for override in overrides:
+        _apply_override(values, override, problems)
+    try:
+        config = TrainConfig.model_validate(values)
+    except ValidationError as error:
+        for details in error.errors(include_url=False):
+            problem = _explain(details)
+            if problem.where not in {known.where for known in problems}:
+                problems.append(problem)
+    if problems:
+        raise ConfigError(path if path is not None else "the settings", problems)
+    return config
+
+
+def to_toml(config: TrainConfig) -> str:
+    """The settings as TOML that `load_config` reads back equal; a setting that is None is left out."""
+    lines: list[str] = []
+    for section, settings in config.model_dump(mode="json", exclude_none=True).items():
+        lines += [f"[{section}]", *(f"{name} = {_toml_value(value)}" for name, value in settings.items()), ""]
+    return "\n".join(lines)
+
+
+def config_reference() -> str:
+    """The text of docs/CONFIG.md: every setting with its type, default and meaning."""
+    lines = [
+        "# Settings",
+        "",
+        "Made from the docstrings in `sdlora/config.py`; do not edit. A setting goes into its section of a TOML file",
+        "(`--config FILE`) or onto the command line (`--set train.exposures=60`), which wins.",
+    ]
+    for section, field in TrainConfig.model_fields.items():
+        model = _section_model(field)
+        lines += ["", f"## [{section}]", "", _one_line(model.__doc__)]
+        for name, setting in model.model_fields.items():
+            lines += [
+                "",
+                f"### `{section}.{name}`",
+                "",
+                f"*{_type_text(setting)}; {_default_text(setting)}*",
+                "",
+                _one_line(setting.description),
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def _read_toml(path: Path, problems: list[Problem]) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        problems.append(Problem(str(path), "there is no such file.", "Check the path given to --config."))
+    except OSError as error:
+        problems.append(Problem(str(path), f"it cannot be read ({error.strerror})."))
+    except UnicodeDecodeError as error:
+        problems.append(Problem(str(path), f"it is not UTF-8 text (byte {error.start}).", "Save it as UTF-8."))
+    except tomllib.TOMLDecodeError as error:
+        problems.append(Problem(str(path), f"it is not TOML: {error}.", 'Texts need quotes: name = "value".'))
+    return {}
+
+
+def _apply_override(values: dict[str, Any], override: str, problems: list[Problem]) -> None:
+    dotted, separator, text = override.partition("=")
+    path = [part.strip() for part in dotted.split(".")]
+    if not separator or not all(path):
+        problems.append(Problem(f"--set {override}", "not of the form section.name=value."))
+        return
+    *sections, name = path
+    target = values
+    for section in sections:
+        inner = target.setdefault(section, {})
+        if not isinstance(inner, dict):
+            problems.append(Problem(f"--set {override}", f"{section!r} is not a section."))
+            return
+        target = inner
+    if text.strip().lower() == "none":
+        target.pop(name, None)
+    else:
+        target[name] = _override_value(text.strip())
+
+
+def _override_value(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    # A line break in the text could smuggle in a second key.
+    return parsed["value"] if parsed.keys() == {"value"} else text
+
+
+def _explain(details: Mapping[str, Any]) -> Problem:
+    """The problem that a pydantic error record stands for, in words of the user's."""
+    # The location of a union's member ends in the member's type, which is no setting.
+    location = [str(part) for part in details["loc"]]
+    where = ".".join(location[:2])
+    match details["type"]:
+        case "extra_forbidden":
+            return _explain_unknown(location)
+        case "missing" if where in ("data", "data.path"):
+            return Problem("data.path", "no dataset folder is given.", "Name the folder with the images.")
+        case "missing":
+            return Problem(where, "this setting is missing.")
+        case "model_type" | "model_attributes_type":
+            return Problem(where, f"this is a section, not a value (got {details['input']!r}).", f"Write [{where}].")
+        case "value_error":
+            return Problem(where, f"{details['ctx']['error']}.")
+        case "literal_error":
+            wanted = details["ctx"]["expected"]
+            options = re.findall(r"'([^']*)'", wanted)
+            hint = _did_you_mean(str(details["input"]), options)
+            return Problem(where, f"must be {wanted} (got {details['input']!r}){hint or '.'}")
+    message = details["msg"].removeprefix("Input should be").strip().replace("valid tuple", "list")
+    verb = "must be " if details["msg"].startswith("Input should be") else ""
+    return Problem(where, f"{verb}{message} (got {details['input']!r}).")
+
+
+def _explain_unknown(location: Sequence[str]) -> Problem:
+    where, name = ".".join(location), location[-1]
+    homes = [path for path in _setting_paths() if path.split(".")[1] == name]
+    if homes:
+        return Problem(where, f"this setting belongs in {' or '.join(homes)}.")
+    if len(location) == 1:
+        known, noun = list(TrainConfig.model_fields), "section"
+    else:
+        known, noun = list(_section_model(TrainConfig.model_fields[location[0]]).model_fields), "setting"
+    close = difflib.get_close_matches(name, known, n=1)
+    if not close:
+        close = _full_paths_close_to(name)
+    hint = f", did you mean {close[0]!r}?" if close else f". Known here: {', '.join(known)}."
+    return Problem(where, f"unknown {noun}{hint}")
+
+
+def _full_paths_close_to(name: str) -> list[str]:
+    by_name = {path.split(".")[1]: path for path in _setting_paths()}
+    return [by_name[close] for close in difflib.get_close_matches(name, list(by_name), n=1)]
+
+
+def _setting_paths() -> Iterator[str]:
+    for section, field in TrainConfig.model_fields.items():
+        yield from (f"{section}.{name}" for name in _section_model(field).model_fields)
+
+
+def _section_model(field: FieldInfo) -> type[_Section]:
+    model = field.annotation
+    assert isinstance(model, type) and issubclass(model, _Section)
+    return model
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word.lower(), known, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    # JSON's texts, numbers and booleans are TOML's, but for DEL, which TOML wants escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _type_text(field: FieldInfo) -> str:
+    schema = field.annotation
+    if getattr(schema, "__origin__", None) is Literal:
+        return "one of " + ", ".join(f"`{option}`" for option in schema.__args__)  # type: ignore[union-attr]
+    text = str(schema)
+    names = {
+        "Path": "path",
+        "bool": "true or false",
+        "float": "number",
+        "int": "whole number",
+        "tuple": "list of texts",
+    }
+    found = [words for name, words in names.items() if re.search(rf"\b{name}\b", text)]
+    if re.search(r"\bstr\b", text.replace("tuple[str", "")):
+        found.insert(0, "text")
+    return " or ".join(found)
+
+
+def _default_text(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    default = field.default
+    if default is None:
+        return "default: none"
+    plain = list(default) if isinstance(default, tuple) else default
+    return f"default: `{_toml_value(plain if isinstance(plain, list | int | float | bool) else str(plain))}`"
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())

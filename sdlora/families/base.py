@@ -1,0 +1,145 @@
+"""What the model families have in common, and the questions that a family answers.
+
+The training loop and the generator ask the family; they never compare its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+
+__all__ = ["Components", "FamilyName", "ModelFamily", "PromptEmbeds", "tokenize"]
+
+FamilyName: TypeAlias = Literal["sd1", "sd2", "sdxl"]
+
+
+@dataclass(frozen=True, eq=False)
+class PromptEmbeds:
+    """Texts as the U-Net reads them."""
+
+    encoder_hidden_states: Tensor
+    """[B, 77, D]; D is 768 (SD 1.x), 1024 (SD 2.x) or 2048 (SDXL)."""
+
+    pooled_prompt_embeds: Tensor | None = None
+    """[B, 1280] for SDXL, else None."""
+
+    def __len__(self) -> int:
+        return int(self.encoder_hidden_states.shape[0])
+
+    def select(self, rows: Sequence[int]) -> PromptEmbeds:
+        """These rows, in this order; a row may occur more than once."""
+        return self._map(lambda tensor: tensor[torch.as_tensor(rows, device=tensor.device)])
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PromptEmbeds:
+        """Moved or cast."""
+        return self._map(lambda tensor: tensor.to(device=device, dtype=dtype))
+
+    def is_finite(self) -> bool:
+        """Whether no number is NaN or infinite."""
+        pooled = self.pooled_prompt_embeds
+        return bool(self.encoder_hidden_states.isfinite().all()) and (pooled is None or bool(pooled.isfinite().all()))
+
+    @staticmethod
+    def concat(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
+        """All rows of all parts."""
+        pooled = [part.pooled_prompt_embeds for part in parts if part.pooled_prompt_embeds is not None]
+        return PromptEmbeds(
+            torch.cat([part.encoder_hidden_states for part in parts]),
+            torch.cat(pooled) if pooled else None,
+        )
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> PromptEmbeds:
+        pooled = self.pooled_prompt_embeds
+        return PromptEmbeds(change(self.encoder_hidden_states), None if pooled is None else change(pooled))
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
+    """A base model taken apart for training."""
+
+    family: ModelFamily
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL | None
+    """None after `without_encoders`."""
+    noise_scheduler: DDPMScheduler
+    tokenizers: tuple[Any, ...]
+    text_encoders: tuple[Any, ...]
+    source: str
+    """The folder or Hub id it came from."""
+    prediction_type: str
+    """"epsilon", "v_prediction" or "sample", as the scheduler's configuration says."""
+    default_resolution: int
+    """Side in pixels of the pictures that the base was trained on."""
+    size_step: int
+    """Picture sides must be multiples of this: VAE and U-Net halve the size again and again."""
+    zeros_for_empty_prompt: bool = False
+    """Whether the pipeline stands zeros for an empty prompt instead of encoding it (SDXL base does)."""
+
+    def without_encoders(self) -> Components:
+        """The same without VAE and text encoders, so that their memory can be freed."""
+        return replace(self, vae=None, tokenizers=(), text_encoders=())
+
+
+class ModelFamily(Protocol):
+    """What differs between SD 1.x, SD 2.x and SDXL."""
+
+    @property
+    def name(self) -> FamilyName:
+        """Short name, as in adapter metadata."""
+        ...
+
+    @property
+    def title(self) -> str:
+        """Name for people, e.g. "Stable Diffusion 1.x"."""
+        ...
+
+    @property
+    def pipeline_class(self) -> Any:
+        """The diffusers pipeline that draws with this family."""
+        ...
+
+    @property
+    def text_encoder_classes(self) -> tuple[Any, ...]:
+        """One class per text encoder; encoder n lies in `text_encoder`, `text_encoder_2`, ..."""
+        ...
+
+    @property
+    def pipeline_options(self) -> Mapping[str, Any]:
+        """Further arguments of the pipeline's constructor."""
+        ...
+
+    def encode_prompts(self, components: Components, captions: Sequence[str]) -> PromptEmbeds:
+        """The captions' embeddings, on the encoders' device, without gradient. Over-long captions are cut."""
+        ...
+
+    def encode_empty_prompt(self, components: Components) -> PromptEmbeds:
+        """One row: what the pipeline shows the U-Net when there is no prompt."""
+        ...
+
+    def added_cond_kwargs(
+        self,
+        embeds: PromptEmbeds,
+        original_hw: Sequence[tuple[int, int]],
+        crop_top_left_yx: Sequence[tuple[int, int]],
+        target_hw: Sequence[tuple[int, int]],
+    ) -> dict[str, Tensor] | None:
+        """Further conditions of the U-Net, one entry of each sequence per row of `embeds`; None if it takes none."""
+        ...
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """Token ids, int64 [B, 77], padded and cut as the pipelines do it."""
+    tokens = tokenizer(
+        list(texts),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    ids: Tensor = tokens.input_ids
+    return ids

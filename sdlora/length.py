@@ -1,0 +1,48 @@
+"""How long a run is: from exposures per image to steps, warm-up and saves, with the arithmetic in words."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sdlora.config import TrainConfig
+
+__all__ = ["LengthPlan", "plan_length"]
+
+DEFAULT_SAVES = 5
+
+
+@dataclass(frozen=True)
+class LengthPlan:
+    """`steps` optimizer steps, the first `warmup_steps` of them warm-up, a save after each of `save_steps`
+    (ascending, the last is `steps`); `explanation` is the arithmetic for a person to read."""
+
+    steps: int
+    warmup_steps: int
+    save_steps: tuple[int, ...]
+    explanation: str
+
+
+def plan_length(num_images_with_repeats: int, config: TrainConfig) -> LengthPlan:
+    """The length of a run over that many images, each counted as often as its folder repeats it.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    if num_images_with_repeats < 1:
+        raise ValueError("a run needs at least one image")
+    train = config.train
+    exposures = num_images_with_repeats * train.exposures
+    per_step = train.batch_size * train.gradient_accumulation
+    steps = math.ceil(exposures / per_step)
+    warmup_steps = round(steps * train.warmup_fraction)
+    save_every = train.save_every or math.ceil(steps / DEFAULT_SAVES)
+    save_steps = (*range(save_every, steps, save_every), steps)
+    accumulated = f" x {train.gradient_accumulation} accumulated" if train.gradient_accumulation > 1 else ""
+    explanation = (
+        f"{num_images_with_repeats} images x {train.exposures} exposures = {exposures} pictures seen; "
+        f"at {train.batch_size}{accumulated} a step that is {steps} steps, "
+        f"{warmup_steps} of them warm-up ({train.warmup_fraction:.0%}), "
+        f"with {len(save_steps)} {'save' if len(save_steps) == 1 else 'saves'} (every {min(save_every, steps)} steps)."
+    )
+    return LengthPlan(steps, warmup_steps, save_steps, explanation)

@@ -1,0 +1,90 @@
+"""The training objective: noisy latents, targets, weights and loss. Tensors in, tensors out; no models, no randomness.
+
+Symbols: a clean latent x0, noise e, and a(t) = `alphas_cumprod[t]`; the noisy latent is sqrt(a) x0 + sqrt(1 - a) e and
+the signal-to-noise ratio SNR = a / (1 - a). Latents are [B, C, h, w], timesteps int64 [B], per-example results [B].
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, cast, get_args
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "PredictionType",
+    "add_noise",
+    "diffusion_loss",
+    "min_snr_weights",
+    "offset_noise",
+    "prediction_target",
+    "signal_to_noise",
+    "to_prediction_type",
+]
+
+PredictionType: TypeAlias = Literal["epsilon", "v_prediction", "sample"]
+
+
+def to_prediction_type(name: str) -> PredictionType:
+    """The name as a type.
+
+    Raises:
+        ValueError: it is none of "epsilon", "v_prediction", "sample".
+    """
+    if name not in get_args(PredictionType):
+        raise ValueError(f"prediction_type must be one of {', '.join(get_args(PredictionType))}, not {name!r}")
+    return cast(PredictionType, name)
+
+
+def offset_noise(noise: Tensor, channel_offsets: Tensor, strength: float) -> Tensor:
+    """Noise plus `strength` times one constant per example and channel ([B, C], standard normal)."""
+    return noise + strength * channel_offsets[:, :, None, None]
+
+
+def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
+    """sqrt(a) x0 + sqrt(1 - a) e (DDPM, arXiv 2006.11239, eq. 4)."""
+    signal, sigma = _signal_and_sigma(alphas_cumprod, timesteps)
+    return signal * latents + sigma * noise
+
+
+def prediction_target(
+    prediction_type: PredictionType, latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, timesteps: Tensor
+) -> Tensor:
+    """What the model should answer: e, x0, or v = sqrt(a) e - sqrt(1 - a) x0 (arXiv 2202.00512, sec. 4)."""
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "sample":
+        return latents
+    signal, sigma = _signal_and_sigma(alphas_cumprod, timesteps)
+    return signal * noise - sigma * latents
+
+
+def signal_to_noise(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
+    """SNR = a / (1 - a), [B], in [0, inf]; 0 at the last step of a schedule with zero terminal SNR."""
+    alpha = alphas_cumprod.to(timesteps.device, torch.float32)[timesteps]
+    return alpha / (1 - alpha)
+
+
+def min_snr_weights(prediction_type: PredictionType, snr: Tensor, gamma: float) -> Tensor:
+    """Loss weights of Min-SNR (arXiv 2303.09556, sec. 3.4), [B]; gamma 0 gives ones.
+
+    The paper weighs the error of x0 by min(SNR, gamma). An error of e is one of x0 times SNR, and one of v is one of
+    x0 times SNR + 1, so those divide by it. For e the quotient min(1, gamma / SNR) is 1 at SNR = 0, not 0 / 0.
+    """
+    if gamma == 0:
+        return torch.ones_like(snr)
+    if prediction_type == "epsilon":
+        return gamma / snr.clamp(min=gamma)
+    if prediction_type == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    return snr.clamp(max=gamma)
+
+
+def diffusion_loss(model_pred: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean squared error of each example in fp32, [B]."""
+    return weights * (model_pred.float() - target.float()).square().flatten(1).mean(1)
+
+
+def _signal_and_sigma(alphas_cumprod: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    alpha = alphas_cumprod.to(timesteps.device, torch.float32)[timesteps][:, None, None, None]
+    return alpha.sqrt(), (1 - alpha).sqrt()

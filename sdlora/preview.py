@@ -1,0 +1,80 @@
+"""Pictures drawn in the middle of training, with the LoRA as it is; their noise is their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+from torch import Tensor
+
+from sdlora.config import PreviewConfig
+from sdlora.families.base import Components, PromptEmbeds
+from sdlora.precision import Precision
+from sdlora.randomness import counter_generator
+from sdlora.run_dir import RunDir
+
+__all__ = ["PreviewDrawer"]
+
+
+class PreviewDrawer:
+    """Draws `settings.prompts` at the base's own size by DDIM; call it with the step, get the files it wrote."""
+
+    def __init__(
+        self,
+        *,
+        components: Components,
+        settings: PreviewConfig,
+        resolution: int,
+        precision: Precision,
+        run_dir: RunDir,
+    ):
+        self._components, self._settings, self._resolution = components, settings, resolution
+        self._precision, self._run_dir = precision, run_dir
+        self._prompts = components.family.encode_prompts(components, settings.prompts)
+        self._empty = components.family.encode_empty_prompt(components)
+
+    def __call__(self, step: int) -> list[Path]:
+        paths = []
+        for index in range(len(self._prompts)):
+            path = self._run_dir.preview_path(step, index)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._draw(index).save(path)
+            paths.append(path)
+        return paths
+
+    @torch.no_grad()
+    def _draw(self, index: int) -> Image.Image:
+        components, settings = self._components, self._settings
+        assert components.vae is not None
+        device = components.unet.device
+        scheduler = DDIMScheduler.from_config(components.noise_scheduler.config, clip_sample=False)
+        scheduler.set_timesteps(settings.num_inference_steps)
+        embeds = PromptEmbeds.concat([self._empty, self._prompts.select([index])]).to(device)
+        size = self._resolution // (2 ** (len(components.vae.config.block_out_channels) - 1))
+        noise = torch.randn(1, 4, size, size, generator=counter_generator(settings.seed, "preview", index))
+        latents = noise.to(device) * scheduler.init_noise_sigma
+        for timestep in scheduler.timesteps:
+            with self._precision.autocast():
+                without, with_prompt = self._predict(latents, timestep, embeds).chunk(2)
+            model_pred = without + settings.guidance_scale * (with_prompt - without)
+            latents = scheduler.step(model_pred.float(), timestep, latents).prev_sample
+        vae = components.vae
+        decoded = vae.decode((latents / vae.config.scaling_factor).to(vae.device, vae.dtype)).sample
+        return _picture(decoded[0])
+
+    def _predict(self, latents: Tensor, timestep: Tensor, embeds: PromptEmbeds) -> Tensor:
+        sizes: Sequence[tuple[int, int]] = [(self._resolution, self._resolution)] * 2
+        added = self._components.family.added_cond_kwargs(embeds, sizes, [(0, 0)] * 2, sizes)
+        predicted: Tensor = self._components.unet(
+            torch.cat([latents] * 2), timestep, embeds.encoder_hidden_states, added_cond_kwargs=added
+        ).sample
+        return predicted
+
+
+def _picture(decoded: Tensor) -> Image.Image:
+    """[3, H, W] in about [-1, 1] as an RGB picture."""
+    bytes_hwc = ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8).permute(1, 2, 0)
+    return Image.fromarray(bytes_hwc.numpy())

@@ -1,0 +1,144 @@
+"""Watchers of a run: a bar on a terminal, plain lines elsewhere, and `events.jsonl`. They only look on.
+
+Every one is an observer (callable with an event) and a context manager, so that a bar leaves the terminal as it was:
+
+    with terminal_progress(sys.stderr) as progress:
+        train_adapter(config, observers=[progress])
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from sdlora.events import CheckpointSaved, Event, PreviewReady, RunFinished, StepDone, to_json
+
+__all__ = ["JsonlWriter", "PlainProgress", "ProgressBar", "terminal_progress"]
+
+_SMOOTHING = 0.95
+
+
+class _Watcher:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the terminal or the file; may be called twice."""
+
+
+class _SmoothLoss:
+    """Running mean of the loss, which by itself mostly shows which timesteps were drawn."""
+
+    def __init__(self) -> None:
+        self._sum = self._weight = 0.0
+
+    def add(self, loss: float) -> float:
+        self._sum = _SMOOTHING * self._sum + (1 - _SMOOTHING) * loss
+        self._weight = _SMOOTHING * self._weight + (1 - _SMOOTHING)
+        return self._sum / self._weight
+
+
+class ProgressBar(_Watcher):
+    """A bar with the smoothed loss, the rate and the time left, for a terminal."""
+
+    def __init__(self, console: Console):
+        self._loss = _SmoothLoss()
+        self._task: TaskID | None = None
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4f} · {task.fields[rate]:.1f} images/s · left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, StepDone):
+            loss, rate = self._loss.add(event.loss), event.images_per_second
+            if self._task is None:
+                self._progress.start()
+                self._task = self._progress.add_task("training", total=event.num_steps, loss=loss, rate=rate)
+            self._progress.update(self._task, completed=event.step, loss=loss, rate=rate)
+            return
+        if isinstance(event, RunFinished):
+            self.close()
+        self._progress.console.print(_sentence(event), markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class PlainProgress(_Watcher):
+    """About twenty lines of text over a run, for a log file or a pipe."""
+
+    def __init__(self, stream: TextIO, *, num_lines: int = 20):
+        self._stream, self._num_lines, self._loss, self._told = stream, num_lines, _SmoothLoss(), 0
+
+    def __call__(self, event: Event) -> None:
+        if not isinstance(event, StepDone):
+            self._write(_sentence(event))
+            return
+        loss = self._loss.add(event.loss)
+        share = event.step * self._num_lines // event.num_steps
+        if share > self._told:
+            self._told = share
+            left = event.seconds / event.step * (event.num_steps - event.step)
+            self._write(
+                f"step {event.step}/{event.num_steps}  loss {loss:.4f}  learning rate {event.learning_rate:.2e}  "
+                f"{event.images_per_second:.1f} images/s  {_duration(left)} left"
+            )
+
+    def _write(self, line: str) -> None:
+        self._stream.write(f"{line}\n")
+        self._stream.flush()
+
+
+class JsonlWriter(_Watcher):
+    """Appends each event to a file as a line of JSON, at once, so that a killed run leaves what it told."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("a", encoding="utf-8", newline="\n")
+
+    def __call__(self, event: Event) -> None:
+        self._file.write(f"{to_json(event)}\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def terminal_progress(stream: TextIO) -> ProgressBar | PlainProgress:
+    """A bar if the stream is a terminal that can draw one, else plain lines."""
+    console = Console(file=stream)
+    return ProgressBar(console) if console.is_terminal and not console.is_dumb_terminal else PlainProgress(stream)
+
+
+def _sentence(event: CheckpointSaved | PreviewReady | RunFinished) -> str:
+    match event:
+        case CheckpointSaved():
+            return f"step {event.step}: saved {event.path}"
+        case PreviewReady():
+            return f"step {event.step}: drew {event.path}"
+        case RunFinished(stopped_early=True):
+            return (
+                f"Stopped after step {event.step}. What was learnt so far lies in {event.path} and can be used; "
+                "for a full run start the same command again (it gets a folder of its own)."
+            )
+        case RunFinished():
+            return f"Finished {event.step} steps in {_duration(event.seconds)}: {event.path}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

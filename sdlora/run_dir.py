@@ -1,0 +1,98 @@
+"""The folder of one run: what its files are called, and how they are written so that none is ever half there.
+
+    outputs/NAME[-2]/  config.toml  events.jsonl  NAME.safetensors
+        checkpoints/step-000400/NAME-step-000400.safetensors
+        previews/step-000400/0.png
+
+What is needed to go on exactly where a run stopped will lie beside the adapter in its `checkpoints/step-...` folder.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdlora.errors import ConfigError, Problem
+
+__all__ = ["RunDir", "create_run_dir", "write_text_atomic"]
+
+_MAX_SAME_NAME = 10_000
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The names of a run's files. Makes no folder by itself."""
+
+    root: Path
+    name: str
+
+    @property
+    def config_path(self) -> Path:
+        """The resolved settings."""
+        return self.root / "config.toml"
+
+    @property
+    def events_path(self) -> Path:
+        """One line of JSON per event."""
+        return self.root / "events.jsonl"
+
+    @property
+    def adapter_path(self) -> Path:
+        """The result of the run."""
+        return self.root / f"{self.name}.safetensors"
+
+    def checkpoint_dir(self, step: int) -> Path:
+        """The folder of what is saved at a step; folders sort by step."""
+        return self.root / "checkpoints" / f"step-{step:06d}"
+
+    def checkpoint_adapter_path(self, step: int) -> Path:
+        """The adapter saved at a step. Its name is unique, as generation tools go by file names."""
+        return self.checkpoint_dir(step) / f"{self.name}-step-{step:06d}.safetensors"
+
+    def preview_path(self, step: int, index: int) -> Path:
+        """The picture of preview prompt `index` at a step."""
+        return self.root / "previews" / f"step-{step:06d}" / f"{index}.png"
+
+
+def create_run_dir(parent: Path, name: str) -> RunDir:
+    """A new, empty run folder `parent/name`, or `parent/name-2`, `-3`, ... if that has something in it.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+    """
+    for number in range(1, _MAX_SAME_NAME):
+        root = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            if not any(root.iterdir()):
+                return RunDir(root, name)
+        except FileExistsError:
+            # A file of that name.
+            continue
+        except OSError as error:
+            problem = Problem("output.dir", f"{root} cannot be made ({error.strerror}).", "Choose another folder.")
+            raise ConfigError("the settings", [problem]) from error
+    raise ConfigError("the settings", [Problem("output.name", f"{parent} is full of runs called {name!r}.")])
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Writes UTF-8 text with plain line ends; a reader finds the old file or the new one, never a part."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    # The only portable way to read the umask is to set it.
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,369 @@
+"""The one training loop. It yields what happened; it does not print or draw, and it saves by itself.
+
+Everything that a run needs to go on is in `TrainerState`, the adapter and the optimizer: all random choices follow from
+the seed and the step. To go on exactly, those are what a checkpoint has to hold.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import math
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sdlora.adapter_file import AdapterMetadata, write_adapter
+from sdlora.batches import Batch, ExposureOrder, micro_batches
+from sdlora.config import TrainConfig, to_toml
+from sdlora.errors import AdapterError, ModelError, NonFiniteError
+from sdlora.events import CheckpointSaved, Event, PreviewReady, RunFinished, StepDone
+from sdlora.families.base import Components
+from sdlora.length import LengthPlan, plan_length
+from sdlora.lora import attach_lora, detach_lora, lora_pairs, trainable_parameters
+from sdlora.objective import (
+    add_noise,
+    diffusion_loss,
+    min_snr_weights,
+    prediction_target,
+    signal_to_noise,
+    to_prediction_type,
+)
+from sdlora.precision import Precision
+from sdlora.prepare import TrainingSet
+from sdlora.randomness import counter_seed
+from sdlora.run_dir import RunDir
+
+__all__ = ["Trainer", "TrainerState", "learning_rate_at"]
+
+_ADAPTER_NAME = "lora"
+_MAX_SKIPPED_IN_A_ROW = 20
+
+
+@dataclass
+class TrainerState:
+    """Where a run is: steps made, how many of them were skipped, how many of those just now."""
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+    @property
+    def updates(self) -> int:
+        """Steps that changed the weights; the learning rate follows these."""
+        return self.step - self.skipped
+
+
+def learning_rate_at(update: int, *, peak: float, warmup_steps: int, num_steps: int) -> float:
+    """The learning rate of an update (from 0): a straight rise to `peak`, then a cosine (arXiv 1608.03983) to 0."""
+    if update < warmup_steps:
+        return peak * (update + 1) / (warmup_steps + 1)
+    progress = (update - warmup_steps) / max(1, num_steps - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class Trainer:
+    """Trains one LoRA; `run` once.
+
+    The U-Net gets its LoRA here and is given back without it when `run` ends, however it ends: the base's weights are
+    never changed. `draw_previews`, called after a save with the step, returns the pictures it drew.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: TrainConfig,
+        components: Components,
+        training_set: TrainingSet,
+        run_dir: RunDir,
+        precision: Precision,
+        draw_previews: Callable[[int], list[Path]] | None = None,
+    ):
+        """
+        Raises:
+            ModelError: the base predicts something that adapter files have no word for.
+            NothingToTrainError: a target matches no layer.
+        """
+        if components.prediction_type not in ("epsilon", "v_prediction"):
+            raise ModelError(f"{components.source} predicts {components.prediction_type!r}, which is not supported.")
+        self._config, self._components, self._training_set = config, components, training_set
+        self._run_dir, self._precision, self._draw_previews = run_dir, precision, draw_previews
+        self._unet, self._device = components.unet, components.unet.device
+        self._prediction_type = to_prediction_type(components.prediction_type)
+        self._alphas_cumprod: Tensor = components.noise_scheduler.alphas_cumprod.to(self._device, torch.float32)
+        self._entries = training_set.entries
+        self._order = ExposureOrder(
+            [training_set.examples[index].target_hw for index in self._entries],
+            group_size=self._examples_per_step,
+            seed=config.train.seed,
+        )
+        self.plan: LengthPlan = plan_length(len(self._entries), config)
+        self.state = TrainerState()
+        self.finished: RunFinished | None = None
+        self._stop_requested = False
+        self._started = time.perf_counter()
+        attach_lora(
+            self._unet,
+            adapter_name=_ADAPTER_NAME,
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            dropout=config.lora.dropout,
+            targets=config.lora.targets,
+            seed=config.train.seed,
+        )
+        self._parameters = trainable_parameters(self._unet)
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay
+        )
+        self._scaler = precision.grad_scaler()
+
+    def request_stop(self) -> None:
+        """Asks the run to end after the step it is in, saved and finished in order. Safe in a signal handler."""
+        self._stop_requested = True
+
+    def run(self) -> Generator[Event, None, None]:
+        """Trains, saves, and yields each event; ends with RunFinished.
+
+        A keyboard interrupt or `request_stop` ends it early but in order. If the caller closes it, or an error ends
+        it, what was learnt so far is saved too; `finished` then holds the event that could not be yielded.
+
+        Raises:
+            NonFiniteError: the loss or a gradient is NaN or Inf; raised before it reaches the weights.
+            AdapterFileError: the adapter cannot be written.
+        """
+        self._started = time.perf_counter()
+        self._unet.train()
+        try:
+            try:
+                yield from self._steps()
+            except KeyboardInterrupt:
+                self._stop_requested = True
+            except BaseException as error:
+                self._save_after(error)
+                raise
+            self.finished = self._finish()
+        finally:
+            self._unet.eval()
+            detach_lora(self._unet)
+        yield self.finished
+
+    @property
+    def _examples_per_step(self) -> int:
+        return self._config.train.batch_size * self._config.train.gradient_accumulation
+
+    def _steps(self) -> Iterator[Event]:
+        self._rehearse()
+        losses: list[float] = []
+        last_time, last_step = time.perf_counter(), 0
+        while self.state.step < self.plan.steps and not self._stop_requested:
+            learning_rate = self._set_learning_rate()
+            loss, grad_norm = self._step()
+            losses.append(loss)
+            step = self.state.step
+            if step % self._config.train.log_every == 0 or step == self.plan.steps:
+                now = time.perf_counter()
+                yield StepDone(
+                    step=step,
+                    num_steps=self.plan.steps,
+                    loss=sum(losses) / len(losses),
+                    learning_rate=learning_rate,
+                    grad_norm=grad_norm,
+                    seconds=now - self._started,
+                    images_per_second=(step - last_step) * self._examples_per_step / max(now - last_time, 1e-9),
+                    skipped=self.state.skipped,
+                )
+                losses, last_step, last_time = [], step, time.perf_counter()
+            if step in self.plan.save_steps:
+                yield from self._save_and_draw(step)
+                last_time = time.perf_counter()
+
+    def _rehearse(self) -> None:
+        """One pass at the largest size, thrown away, so that too little memory shows now and not after an hour."""
+        sizes = [example.target_hw for example in self._training_set.examples]
+        if len(set(sizes)) == 1:
+            return
+        largest = max(range(len(sizes)), key=lambda index: sizes[index][0] * sizes[index][1])
+        # Negative numbers belong to no step.
+        for batch in self._batches([(-1 - n, largest) for n in range(self._config.train.batch_size)]):
+            torch.autograd.backward(self._losses(batch, dropout_counters=(-1, 0)).sum())
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _step(self) -> tuple[float, float | None]:
+        """One optimizer step; its mean loss, and the gradient's norm or None if the step was skipped."""
+        first = self.state.step * self._examples_per_step
+        exposures = [(n, self._entries[self._order.entry(n)]) for n in range(first, first + self._examples_per_step)]
+        self._optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for number, batch in enumerate(self._batches(exposures)):
+            losses = self._losses(batch, dropout_counters=(self.state.step, number))
+            self._require_finite(losses.detach(), batch)
+            mean = losses.sum() / len(exposures)
+            torch.autograd.backward(self._scaler.scale(mean) if self._scaler else mean)
+            total += mean.item()
+        return total, self._update()
+
+    def _batches(self, exposures: list[tuple[int, int]]) -> Iterator[Batch]:
+        train = self._config.train
+        return micro_batches(
+            self._training_set,
+            exposures,
+            family=self._components.family,
+            batch_size=train.batch_size,
+            seed=train.seed,
+            num_train_timesteps=len(self._alphas_cumprod),
+            caption_dropout=self._config.data.caption_dropout,
+            noise_offset=train.noise_offset,
+            device=self._device,
+        )
+
+    def _losses(self, batch: Batch, *, dropout_counters: tuple[int, int]) -> Tensor:
+        """The weighted loss of each example, fp32 [b]."""
+        noisy_latents = add_noise(batch.latents, batch.noise, self._alphas_cumprod, batch.timesteps)
+        with self._seeded_dropout(dropout_counters), self._precision.autocast():
+            model_pred = self._unet(
+                noisy_latents,
+                batch.timesteps,
+                batch.embeds.encoder_hidden_states,
+                added_cond_kwargs=batch.added_cond_kwargs,
+            ).sample
+        target = prediction_target(
+            self._prediction_type, batch.latents, batch.noise, self._alphas_cumprod, batch.timesteps
+        )
+        snr = signal_to_noise(self._alphas_cumprod, batch.timesteps)
+        weights = min_snr_weights(self._prediction_type, snr, self._config.train.snr_gamma)
+        return diffusion_loss(model_pred, target, weights)
+
+    def _seeded_dropout(self, counters: tuple[int, int]) -> AbstractContextManager[None]:
+        if not self._config.lora.dropout:
+            return nullcontext()
+        return _seeded_global(counter_seed(self._config.train.seed, "lora-dropout", *counters), self._device)
+
+    def _update(self) -> float | None:
+        """Clips and applies the gradients; their norm before clipping, or None if they overflowed and were dropped."""
+        if self._scaler is not None:
+            self._scaler.unscale_(self._optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._config.train.max_grad_norm).item()
+        applied = self._apply_scaled(self._scaler) if self._scaler is not None else self._apply(grad_norm)
+        self.state.step += 1
+        self.state.skipped += not applied
+        self.state.skipped_in_a_row = 0 if applied else self.state.skipped_in_a_row + 1
+        if self.state.skipped_in_a_row == _MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(
+                f"Step {self.state.step}: the gradients overflowed fp16 {_MAX_SKIPPED_IN_A_ROW} times in a row. "
+                "Lower train.learning_rate, or use --precision bf16 or fp32."
+            )
+        return grad_norm if applied else None
+
+    def _apply(self, grad_norm: float) -> bool:
+        if not math.isfinite(grad_norm):
+            raise NonFiniteError(
+                f"Step {self.state.step + 1}: the gradient is NaN or Inf. The weights of the step before are kept. "
+                "Lower train.learning_rate."
+            )
+        self._optimizer.step()
+        return True
+
+    def _apply_scaled(self, scaler: torch.amp.GradScaler) -> bool:
+        """A scaler leaves the weights alone when a gradient is NaN or Inf, and then lowers its scale."""
+        scale = scaler.get_scale()
+        scaler.step(self._optimizer)
+        scaler.update()
+        return scaler.get_scale() >= scale
+
+    def _set_learning_rate(self) -> float:
+        learning_rate = learning_rate_at(
+            self.state.updates,
+            peak=self._config.train.learning_rate,
+            warmup_steps=self.plan.warmup_steps,
+            num_steps=self.plan.steps,
+        )
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        return learning_rate
+
+    def _require_finite(self, losses: Tensor, batch: Batch) -> None:
+        finite = losses.isfinite().tolist()
+        if all(finite):
+            return
+        names = ", ".join(name for name, fine in zip(batch.names, finite, strict=True) if not fine)
+        timesteps = ", ".join(str(t) for t, fine in zip(batch.timesteps.tolist(), finite, strict=True) if not fine)
+        raise NonFiniteError(
+            f"Step {self.state.step + 1}: the loss is NaN or Inf for {names} (timestep {timesteps}). "
+            "The weights of the step before are kept. Lower train.learning_rate, or use --precision bf16 or fp32."
+        )
+
+    def _save_and_draw(self, step: int) -> Iterator[Event]:
+        if step < self.plan.steps:
+            path = self._run_dir.checkpoint_adapter_path(step)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._write(path)
+            yield CheckpointSaved(step=step, path=str(path))
+        if self._draw_previews is not None:
+            self._unet.eval()
+            pictures = self._draw_previews(step)
+            self._unet.train()
+            for picture in pictures:
+                yield PreviewReady(step=step, path=str(picture))
+
+    def _finish(self) -> RunFinished:
+        path = self._run_dir.adapter_path
+        self._write(path)
+        return RunFinished(
+            step=self.state.step,
+            path=str(path),
+            seconds=time.perf_counter() - self._started,
+            stopped_early=self.state.step < self.plan.steps,
+        )
+
+    def _save_after(self, error: BaseException) -> None:
+        if self.state.step == 0:
+            return
+        try:
+            self.finished = self._finish()
+            error.add_note(f"The adapter after step {self.state.step} is saved: {self.finished.path}")
+        except AdapterError as second:
+            error.add_note(f"The adapter could not be saved either: {second}")
+
+    def _write(self, path: Path) -> None:
+        write_adapter(
+            path,
+            lora_pairs(self._unet, _ADAPTER_NAME),
+            family=self._components.family.name,
+            metadata=self._metadata(path.stem),
+        )
+
+    def _metadata(self, title: str) -> AdapterMetadata:
+        config, side = self._config, self._training_set.resolution
+        prediction_type: Literal["epsilon", "v_prediction"] = (
+            "v_prediction" if self._prediction_type == "v_prediction" else "epsilon"
+        )
+        return AdapterMetadata(
+            title=title,
+            base_model=config.model.base,
+            prediction_type=prediction_type,
+            resolution=(side, side),
+            trigger_phrase=config.data.trigger,
+            date=datetime.datetime.now(tz=datetime.UTC).date(),
+            training_alpha=float(config.lora.rank if config.lora.alpha is None else config.lora.alpha),
+            own={
+                **({"sdlora.base": "tiny"} if config.model.base == "tiny" else {}),
+                "sdlora.steps": str(self.state.step),
+                "sdlora.seed": str(config.train.seed),
+                "sdlora.images": str(len(self._training_set.examples)),
+                "sdlora.config_sha256": hashlib.sha256(to_toml(config).encode("utf-8")).hexdigest(),
+            },
+        )
+
+
+@contextmanager
+def _seeded_global(seed: int, device: torch.device) -> Iterator[None]:
+    """Sets the global generators for a while and puts them back: dropout layers take no generator."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,120 @@
+"""Measure the shipped base against its bars, and write its card: bars.json, samples.png and README.md beside the weights.
+
+    python evaluate.py --work WORK
+
+(a) VAE: reconstruction of styles it never saw. (b) subjects: is a generated picture nearest to its own true drawing?
+(c) styles: is the style that was asked for the one that was drawn?
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from art import ADAPTATION_SETS, BASE_SETS, HERE, ArtSet, read_subjects
+from PIL import Image
+from text import caption
+
+from sdlora import embedded
+from sdlora.demo import draw, write_sheet
+from sdlora.fidelity import StyleClassifier, rgb_to_lab, subject_topk
+from sdlora.generation import Generator
+
+NUM_SUBJECTS = 100
+SUBJECT_STYLES = ("flat", "noto")
+STYLE_SUBJECTS = 40
+WHITE = 250
+
+
+def drawings(work: Path, art_set: ArtSet) -> dict[str, Image.Image]:
+    """Caption -> true drawing, for the subjects the base knows."""
+    data = np.load(work / "art" / f"{art_set.package}.npz")
+    rows = {name: row for row, name in enumerate(data["names"].tolist())}
+    pixels = data["pixels"]
+    return {text: Image.fromarray(pixels[rows[name]]) for name, text in read_subjects().items() if name in rows}
+
+
+@torch.no_grad()
+def measure_vae(generator: Generator, pictures: list[Image.Image]) -> dict[str, float]:
+    """Mean PSNR in dB (peak 255) and mean CIELAB distance over the pixels that are not paper white."""
+    psnr, colour = [], []
+    for picture in pictures:
+        truth = np.asarray(picture).astype(np.float32)
+        x = torch.from_numpy(truth).permute(2, 0, 1)[None] / 127.5 - 1
+        vae = generator.pipeline.vae
+        y = vae.decode(vae.encode(x).latent_dist.mode()).sample[0].clamp(-1, 1)
+        again = ((y + 1) * 127.5).permute(1, 2, 0).numpy()
+        psnr.append(10 * np.log10(255**2 / np.square(truth - again).mean()))
+        inked = truth.min(-1) < WHITE
+        lab = [np.asarray(rgb_to_lab(image / 255)) for image in (truth, again)]
+        colour.append(np.linalg.norm(lab[0] - lab[1], axis=-1)[inked].mean())
+    return {"psnr": round(float(np.mean(psnr)), 2), "lab_error": round(float(np.mean(colour)), 2), "pictures": len(psnr)}
+
+
+def measure_subjects(generator: Generator, art: dict[str, dict[str, Image.Image]]) -> dict[str, float]:
+    names = list(read_subjects().values())
+    chosen = [names[i] for i in np.linspace(0, len(names) - 1, NUM_SUBJECTS).round().astype(int)]
+    top: dict[int, list[float]] = {1: [], 5: []}
+    for style in SUBJECT_STYLES:
+        subjects = [subject for subject in chosen if subject in art[style]]
+        pictures = draw(generator, [caption(subject, style) for subject in subjects])
+        truth = [art[style][subject] for subject in subjects]
+        for k, shares in top.items():
+            shares.append(subject_topk(pictures, truth, k=k))
+    return {f"top{k}": round(float(np.mean(shares)), 3) for k, shares in top.items()}
+
+
+def measure_styles(generator: Generator, art: dict[str, dict[str, Image.Image]]) -> dict[str, float]:
+    common = [s for s in read_subjects().values() if all(s in pictures for pictures in art.values())]
+    subjects = [common[i] for i in np.linspace(0, len(common) - 1, STYLE_SUBJECTS).round().astype(int)]
+    classifier = StyleClassifier({style: list(pictures.values()) for style, pictures in art.items()})
+    right = {}
+    for style in art:
+        pictures = draw(generator, [caption(subject, style) for subject in subjects])
+        right[style] = float(np.mean([classifier.nearest(picture) == style for picture in pictures]))
+    return {"right": round(float(np.mean(list(right.values()))), 3), **{k: round(v, 3) for k, v in right.items()}}
+
+
+def write_samples(generator: Generator, path: Path) -> None:
+    subjects = ("fox", "owl", "rocket", "car", "hamburger", "tulip", "house", "guitar", "castle", "fish")
+    columns = {style: draw(generator, [caption(s, style) for s in subjects]) for style in embedded.STYLES}
+    write_sheet({**columns, "no style": draw(generator, list(subjects))}, subjects, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--exposures", required=True, help="how often each drawing was seen by the U-Net, for the card")
+    args = parser.parse_args()
+    generator = Generator.from_base("tiny", precision="fp32")
+    art = {art_set.style: drawings(args.work, art_set) for art_set in BASE_SETS}
+    unseen = {s.package: list(drawings(args.work, s).values()) for s in ADAPTATION_SETS}
+    bars = {
+        "vae": {name: measure_vae(generator, pictures) for name, pictures in unseen.items()},
+        "subjects": measure_subjects(generator, art),
+        "styles": measure_styles(generator, art),
+    }
+    print(json.dumps(bars, indent=1))
+    folder = embedded.path()
+    (folder / "bars.json").write_text(json.dumps(bars, indent=1) + "\n", encoding="utf-8")
+    write_samples(generator, folder / "samples.png")
+    card = (HERE / "card.md").read_text(encoding="utf-8")
+    values = {
+        "exposures": args.exposures,
+        "psnr_blob": bars["vae"]["noto-v1"]["psnr"],
+        "lab_blob": bars["vae"]["noto-v1"]["lab_error"],
+        "psnr_contrast": bars["vae"]["fluent-emoji-high-contrast"]["psnr"],
+        "lab_contrast": bars["vae"]["fluent-emoji-high-contrast"]["lab_error"],
+        "top1": bars["subjects"]["top1"],
+        "top5": bars["subjects"]["top5"],
+        "styles": bars["styles"]["right"],
+        "subjects": len(read_subjects()),
+    }
+    (folder / "README.md").write_text(card.format(**values), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
