@@ -135,7 +135,7 @@ def train(
 
     from sdlora.workflows import train_with_progress
 
-    train_with_progress(train_config, dataset, say=_say, console=out)
+    train_with_progress(train_config, dataset, say=_say, stream=sys.stdout)
 
 
 def _toml_value(value: object) -> str:
@@ -159,7 +159,9 @@ def generate(
     negative: Annotated[str, typer.Option("--negative", help="What to keep out.")] = "",
     height: Annotated[int | None, typer.Option("--height")] = None,
     width: Annotated[int | None, typer.Option("--width")] = None,
-    scheduler: Annotated[str | None, typer.Option("--scheduler", help="ddim, euler, euler-a, dpm++2m, unipc ...")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option("--scheduler", help="ddim, euler, euler-a, dpm++2m, unipc ...")
+    ] = None,
     precision: Annotated[str, typer.Option("--precision", help="auto, fp16, bf16, fp32.")] = "auto",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Pictures computed at once.")] = 1,
     lora_dir: Annotated[Path, typer.Option("--lora-dir", help="Where <lora:name> is looked for.")] = Path("outputs"),
@@ -170,7 +172,7 @@ def generate(
 
     text, tagged = split_adapter_tags(prompt)
     choices = [*(parse_adapter_argument(item) for item in lora or []), *tagged]
-    files = [(find_adapter(choice.source, [Path("."), lora_dir]), choice.weight) for choice in choices]
+    files = [(find_adapter(choice.source, [Path(), lora_dir]), choice.weight) for choice in choices]
 
     from sdlora.workflows import GenerateOptions, generate_files
 

@@ -1,7 +1,7 @@
 """`sdlora demo`: the whole job on the embedded base, in minutes, with a sheet that shows it.
 
-Trains one adapter on each of the two datasets of the repository, draws held-out subjects without, with each, with both and
-after unloading, measures whether the styles arrived, and writes the two adapters, the sheet and a page.
+Trains one adapter on each of the two datasets of the repository, draws held-out subjects without, with each, with both
+and after unloading, measures whether the styles arrived, and writes the two adapters, the sheet and a page.
 """
 
 from __future__ import annotations
@@ -199,16 +199,20 @@ _PAGE = """<!doctype html>
 <style>body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
 img{max-width:100%}td,th{padding:.2rem 1rem .2rem 0;text-align:left}</style>
 <h1>Two styles, one base</h1>
-<p>Each style was trained on 40 drawings. The rows are subjects that were not among them. The last column is drawn after both
-adapters were unloaded: it is the first one again, to the last bit.</p>
-<img src="data:image/png;base64,{{ sheet }}" alt="Sheet: subjects by base, each style, both, and after unloading">
-<table><tr><th>style</th><th>trigger</th><th>file</th><th>size</th><th>gap closed</th><th>training</th></tr>
-{% for r in results %}<tr><td>{{ r.style.folder }}</td><td>{{ r.style.trigger }}</td><td><a href="{{ r.path.name }}">{{
-r.path.name }}</a></td><td>{{ "%.0f"|format(r.kilobytes) }} kB</td><td>{{ "%.0f"|format(100 * r.gap_closed) }} %</td><td>{{
-"%.0f"|format(r.seconds) }} s</td></tr>
-{% endfor %}</table>
-<p>Gap closed: how much nearer to the true drawings of the style the pictures are with the adapter than without (1 &minus; d(with) / d(without)).
-Checksum of the base before and after: <code>{{ checksum[:16] }}</code>. All of it took {{ "%.1f"|format(minutes) }} minutes.</p>
+<p>Each style was trained on 40 drawings. The rows are subjects that were not among them. The last column is drawn after
+both adapters were unloaded: it is the first one again, to the last bit.</p>
+<img src="data:image/png;base64,{{ sheet }}" alt="Subjects by base, each style, both, and after unloading">
+<table>
+<tr><th>style</th><th>trigger</th><th>file</th><th>size</th><th>gap closed</th><th>training</th></tr>
+{% for r in results %}<tr>
+<td>{{ r.style.folder }}</td><td>{{ r.style.trigger }}</td>
+<td><a href="{{ r.path.name }}">{{ r.path.name }}</a></td><td>{{ "%.0f"|format(r.kilobytes) }} kB</td>
+<td>{{ "%.0f"|format(100 * r.gap_closed) }} %</td><td>{{ "%.0f"|format(r.seconds) }} s</td>
+</tr>{% endfor %}
+</table>
+<p>Gap closed: how much nearer to the true drawings of the style the pictures are with the adapter than without,
+1 &minus; d(with) / d(without). Checksum of the base before and after: <code>{{ checksum[:16] }}</code>.
+All of it took {{ "%.1f"|format(minutes) }} minutes.</p>
 </html>
 """
 

@@ -74,7 +74,9 @@ class GenerationRequest:
             raise GenerationError(f"The seed must be 0 or more, not {self.seed}.")
         for name, side in (("height", self.height), ("width", self.width)):
             if side is not None and (side < 8 or side % 8):
-                raise GenerationError(f"The {name} must be a multiple of 8, not {side}. Use {max(8, round(side / 8) * 8)}.")
+                raise GenerationError(
+                    f"The {name} must be a multiple of 8, not {side}. Use {max(8, round(side / 8) * 8)}."
+                )
         if self.scheduler is not None and self.scheduler not in SCHEDULERS:
             raise GenerationError(f"No scheduler is called {self.scheduler!r}. Known: {', '.join(SCHEDULERS)}.")
 

@@ -69,11 +69,13 @@ def find_adapter(source: str, folders: Sequence[Path]) -> Path:
     direct = Path(source)
     if direct.is_file():
         return direct
-    if direct.parent != Path(".") or direct.is_absolute():
+    if direct.parent != Path() or direct.is_absolute():
         raise GenerationError(f"{source}: no such file.")
     names = {source, f"{source}.safetensors"}
     places = [folder for folder in folders if folder.is_dir()]
-    found = sorted({path.resolve() for folder in places for path in folder.rglob("*.safetensors") if path.name in names})
+    found = sorted(
+        {path.resolve() for folder in places for path in folder.rglob("*.safetensors") if path.name in names}
+    )
     if len(found) == 1:
         return found[0]
     where = ", ".join(map(str, folders))

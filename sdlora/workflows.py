@@ -6,8 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Console
+from typing import TextIO
 
 from sdlora import embedded
 from sdlora.adapter_file import read_adapter
@@ -79,7 +78,7 @@ def generate_files(options: GenerateOptions, *, warn: Callable[[str], None]) -> 
 
 
 def _base_of_adapters(adapters: tuple[tuple[Path, float], ...]) -> str | None:
-    """"tiny" if every adapter says that it was trained on the embedded base."""
+    """ "tiny" if every adapter says that it was trained on the embedded base."""
     bases = {read_adapter(path).metadata.get("sdlora.base") for path, _ in adapters}
     return "tiny" if bases == {"tiny"} else None
 
@@ -90,16 +89,16 @@ def _next_index(folder: Path) -> int:
 
 
 def train_with_progress(
-    config: TrainConfig, dataset: ImageDataset, *, say: Callable[[str], None], console: Console
+    config: TrainConfig, dataset: ImageDataset, *, say: Callable[[str], None], stream: TextIO
 ) -> Path:
-    """Train as `config` says, with a progress bar; returns the adapter's path.
+    """Train as `config` says, with a progress bar on `stream`; returns the adapter's path.
 
     Raises:
         ModelError: the base cannot be had or used here.
         TrainingError: training cannot start or go on.
     """
     ends: list[RunFinished] = []
-    with terminal_progress(console.file) as progress:
+    with terminal_progress(stream) as progress:
         path = train_adapter(
             config,
             dataset=dataset,

@@ -1,4 +1,4 @@
-"""Measure the shipped base against its bars, and write its card: bars.json, samples.png and README.md beside the weights.
+"""Measure the shipped base against its bars, and write its card: bars.json, samples.png, README.md beside the weights.
 
     python evaluate.py --work WORK
 
@@ -51,7 +51,11 @@ def measure_vae(generator: Generator, pictures: list[Image.Image]) -> dict[str, 
         inked = truth.min(-1) < WHITE
         lab = [np.asarray(rgb_to_lab(image / 255)) for image in (truth, again)]
         colour.append(np.linalg.norm(lab[0] - lab[1], axis=-1)[inked].mean())
-    return {"psnr": round(float(np.mean(psnr)), 2), "lab_error": round(float(np.mean(colour)), 2), "pictures": len(psnr)}
+    return {
+        "psnr": round(float(np.mean(psnr)), 2),
+        "lab_error": round(float(np.mean(colour)), 2),
+        "pictures": len(psnr),
+    }
 
 
 def measure_subjects(generator: Generator, art: dict[str, dict[str, Image.Image]]) -> dict[str, float]:

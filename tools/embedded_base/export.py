@@ -1,6 +1,6 @@
 """Write the trained parts as the diffusers folder that ships with the package: fp16, safetensors, about 30 MB.
 
-    python export.py --work WORK
+python export.py --work WORK
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Nearest semi-orthogonal matrices to `matrices` [B, rows, cols], roughly: singular values end up within 0.7 to 1.2.
+    """Nearest semi-orthogonal matrices to `matrices` [B, rows, cols], roughly: singular values become 0.7 to 1.2.
 
     Each iteration multiplies X by a polynomial of its Gram matrix, and these commute, so the product is gathered on
     the small side and X is touched twice only.

@@ -48,7 +48,13 @@ def write_tokenizer(folder: Path) -> None:
     tokens += [token for token in ("".join(merge) for merge in merges) if token not in set(tokens)]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys([*tokens, START, END]))}
     CLIPTokenizer(
-        vocab=vocabulary, merges=merges, model_max_length=77, bos_token=START, eos_token=END, pad_token=END, unk_token=END
+        vocab=vocabulary,
+        merges=merges,
+        model_max_length=77,
+        bos_token=START,
+        eos_token=END,
+        pad_token=END,
+        unk_token=END,
     ).save_pretrained(folder)
 
 

@@ -194,7 +194,9 @@ def main() -> None:
             queue += torch.randperm(len(pictures), generator=generator).tolist()
         rows, queue = queue[: args.batch], queue[args.batch :]
         chances = torch.rand(args.batch, generator=generator).tolist()
-        captions = [choose_caption(pictures.subjects[r], pictures.styles[r], c) for r, c in zip(rows, chances, strict=True)]
+        captions = [
+            choose_caption(pictures.subjects[r], pictures.styles[r], c) for r, c in zip(rows, chances, strict=True)
+        ]
         shape = (args.batch, 4, 16, 16)
         latents = pictures.mean[rows] + pictures.std[rows] * torch.randn(shape, generator=generator)
         noise = torch.randn(shape, generator=generator)

@@ -132,7 +132,10 @@ def main() -> None:
         if time.time() - told > 60:
             rate = (step - first) * args.batch / (time.time() - started)
             std = posterior.mean.std().item()
-            print(f"step {step} {progress:.0%} mse {np.mean(losses[-300:]):.5f} {rate:.1f} img/s latent std {std:.2f}", flush=True)
+            print(
+                f"step {step} {progress:.0%} mse {np.mean(losses[-300:]):.5f} {rate:.1f} img/s latent std {std:.2f}",
+                flush=True,
+            )
             told = time.time()
             save(path, vae, ema, step)
     save(path, vae, ema, step)

@@ -1,0 +1,125 @@
+"""The header of a written adapter: what A1111, Forge, kohya, SwarmUI and model managers look for, and our own keys.
+
+Nothing private is written: no captions, tags, folder names, paths, user or host. All values are strings.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sdlora.adapter_file.types import LoraPair
+
+__all__ = ["AdapterMetadata", "Family", "build_metadata"]
+
+Family = Literal["sd1", "sd2", "sdxl"]
+
+_STABILITY = "https://github.com/Stability-AI/generative-models"
+
+
+@dataclass(frozen=True)
+class AdapterMetadata:
+    """What the trainer knows about an adapter and others may read."""
+
+    title: str
+    """Shown by model managers; also A1111's alias, so it should differ from file to file."""
+    base_model: str
+    """Hub id or public name of the base model. A path on this machine is not passed on."""
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    resolution: tuple[int, int] | None = None
+    """(height, width) of training, in pixels."""
+    trigger_phrase: str | None = None
+    author: str | None = None
+    description: str | None = None
+    license: str | None = None
+    tags: tuple[str, ...] = ()
+    usage_hint: str | None = None
+    date: datetime.date | None = None
+    """A day; the hour is nobody's business."""
+    training_alpha: float | None = None
+    """alpha during training, for going on; the stored alpha is always the rank."""
+    own: Mapping[str, str] = field(default_factory=dict)
+    """Further keys, all in our own namespace: "sdlora.steps" and the like."""
+
+    def __post_init__(self) -> None:
+        foreign = [key for key in self.own if not re.fullmatch(r"sdlora\.[a-z0-9_.]+", key)]
+        if foreign:
+            raise ValueError(f"Own metadata keys begin with 'sdlora.' and are lower case, unlike {foreign[0]!r}.")
+
+
+def build_metadata(
+    metadata: AdapterMetadata, *, family: Family, pairs: Mapping[str, LoraPair], version: str
+) -> dict[str, str]:
+    """The header's texts, without the hashes; `pairs` are those that will be stored, by any unique name.
+
+    Keys: kohya's `ss_*`, ModelSpec 1.0.1 (`modelspec.*`), `sdlora.*`.
+    """
+    base = _public_name(metadata.base_model)
+    dims = {pair.rank for pair in pairs.values()}
+    # kohya's word for ranks that differ from layer to layer.
+    dim = str(dims.pop()) if len(dims) == 1 else "Dynamic"
+    is_v = metadata.prediction_type == "v_prediction"
+    result = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": dim,
+        "ss_network_alpha": dim,
+        "ss_network_args": json.dumps(_network_args(pairs)),
+        "ss_base_model_version": _base_model_version(family, is_v),
+        "ss_v2": str(family == "sd2"),
+        "ss_output_name": metadata.title,
+        "ss_sd_model_name": base,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": _architecture(family, is_v),
+        "modelspec.implementation": _STABILITY if family == "sdxl" else "diffusers",
+        "modelspec.title": metadata.title,
+        "modelspec.prediction_type": "v" if is_v else "epsilon",
+        "sdlora.version": version,
+        "sdlora.family": family,
+        "sdlora.base_model": base,
+        "sdlora.rank": dim,
+    }
+    if metadata.resolution is not None:
+        height, width = metadata.resolution
+        result["ss_resolution"] = f"({width}, {height})"
+        result["modelspec.resolution"] = f"{width}x{height}"
+    if metadata.training_alpha is not None:
+        result["sdlora.training_alpha"] = repr(metadata.training_alpha)
+    optional = {
+        "modelspec.trigger_phrase": metadata.trigger_phrase,
+        "modelspec.author": metadata.author,
+        "modelspec.description": metadata.description,
+        "modelspec.license": metadata.license,
+        "modelspec.tags": ", ".join(metadata.tags),
+        "modelspec.usage_hint": metadata.usage_hint,
+        "modelspec.date": metadata.date.isoformat() if metadata.date else None,
+    }
+    result |= {key: value for key, value in optional.items() if value}
+    return result | dict(metadata.own)
+
+
+def _public_name(base_model: str) -> str:
+    """A Hub id or a plain name as it is; anything that looks like a place on a disk without the place."""
+    is_hub_id = re.fullmatch(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?", base_model) is not None
+    return base_model if is_hub_id else "local model"
+
+
+def _network_args(pairs: Mapping[str, LoraPair]) -> dict[str, str]:
+    """kohya's arguments for 3x3 convolutions, whose rank it keeps apart."""
+    dims = {pair.rank for pair in pairs.values() if pair.down.ndim == 4 and pair.down.shape[2] > 1}
+    return {"conv_dim": str(max(dims)), "conv_alpha": str(max(dims))} if dims else {}
+
+
+def _base_model_version(family: Family, is_v: bool) -> str:
+    if family == "sdxl":
+        return "sdxl_base_v1-0"
+    return ("sd_v2" if family == "sd2" else "sd_v1") + ("_v" if is_v else "")
+
+
+def _architecture(family: Family, is_v: bool) -> str:
+    if family == "sd2":
+        return "stable-diffusion-v2-768-v/lora" if is_v else "stable-diffusion-v2-512/lora"
+    return "stable-diffusion-xl-v1-base/lora" if family == "sdxl" else "stable-diffusion-v1/lora"
