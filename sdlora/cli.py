@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -169,35 +170,36 @@ def generate(
 ) -> None:
     """Draw pictures, with any number of LoRAs at their weights."""
     from sdlora.prompts import find_adapter, parse_adapter_argument, split_adapter_tags
+    from sdlora.request import GenerationRequest
 
     text, tagged = split_adapter_tags(prompt)
     choices = [*(parse_adapter_argument(item) for item in lora or []), *tagged]
-    files = [(find_adapter(choice.source, [Path(), lora_dir]), choice.weight) for choice in choices]
-
-    from sdlora.workflows import GenerateOptions, generate_files
-
-    options = GenerateOptions(
+    request = GenerationRequest(
         prompt=text,
-        adapters=tuple(files),
-        base=base,
+        negative_prompt=negative,
         num_images=num_images,
         seed=seed,
         num_inference_steps=steps,
         guidance_scale=guidance,
-        negative_prompt=negative,
         height=height,
         width=width,
         scheduler=scheduler,
-        precision=precision,
         batch_size=batch_size,
-        out_dir=out_dir,
     )
-    for path in generate_files(options, warn=_warn):
+    request.check()
+    files = [(find_adapter(choice.source, [Path(), lora_dir]), choice.weight) for choice in choices]
+
+    from sdlora.workflows import generate_files
+
+    for path in generate_files(request, files, base=base, precision=precision, out_dir=out_dir, warn=_warn):
         _say(str(path))
 
 
 def main() -> None:
     """Run the command line; every error a user can cause becomes one message and its exit code."""
+    # Notices of the libraries about each other (optional packages, renamed arguments) are not for our users.
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
         app(standalone_mode=True)
     except SdloraError as error:

@@ -22,7 +22,8 @@ from sdlora.config import load_config
 from sdlora.data.dataset import scan_dataset
 from sdlora.errors import DatasetError, Problem, SdloraError
 from sdlora.fidelity import style_gap_closed
-from sdlora.generation import GenerationRequest, Generator
+from sdlora.generation import Generator
+from sdlora.request import GenerationRequest
 from sdlora.training import train_adapter
 
 __all__ = ["DemoStyle", "StyleResult", "find_datasets", "run_demo"]

@@ -6,8 +6,7 @@ The adapters live in `Generator.stack`; this module only draws with whatever is 
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,60 +24,10 @@ from sdlora.families import load_pipeline, resolve_base
 from sdlora.picture_file import AdapterRecord, Recipe
 from sdlora.precision import choose_precision
 from sdlora.prompts import cut_words
+from sdlora.request import SCHEDULERS, GenerationRequest
 from sdlora.stack import AdapterStack
 
-__all__ = ["SCHEDULERS", "GeneratedPicture", "GenerationRequest", "Generator", "initial_noise"]
-
-SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
-    "dpm++2m": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": False}),
-    "dpm++2m-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-}
-"""Name on the command line -> diffusers class and what is set on top of the base's own schedule."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationRequest:
-    """What to draw. `num_images` pictures with the seeds `seed`, `seed + 1`, ...; sizes in pixels.
-
-    None means the base model's own: its size, its scheduler.
-    """
-
-    prompt: str
-    negative_prompt: str = ""
-    num_images: int = 1
-    seed: int = 0
-    num_inference_steps: int = 30
-    guidance_scale: float = 7.5
-    height: int | None = None
-    width: int | None = None
-    scheduler: str | None = None
-    batch_size: int = 1
-
-    def check(self) -> None:
-        """Raises:
-        GenerationError: a value is out of range.
-        """
-        counts = {"steps": self.num_inference_steps, "number of images": self.num_images, "batch size": self.batch_size}
-        for name, value in counts.items():
-            if value < 1:
-                raise GenerationError(f"The {name} must be at least 1, not {value}.")
-        if self.num_inference_steps > 1000:
-            raise GenerationError(f"{self.num_inference_steps} steps: the noise schedule has 1000. Use 20 to 50.")
-        if not math.isfinite(self.guidance_scale) or self.guidance_scale < 0:
-            raise GenerationError(f"The guidance must be 0 or more, not {self.guidance_scale}. 7.5 is usual.")
-        if not 0 <= self.seed < 2**63:
-            raise GenerationError(f"The seed must be 0 or more, not {self.seed}.")
-        for name, side in (("height", self.height), ("width", self.width)):
-            if side is not None and (side < 8 or side % 8):
-                raise GenerationError(
-                    f"The {name} must be a multiple of 8, not {side}. Use {max(8, round(side / 8) * 8)}."
-                )
-        if self.scheduler is not None and self.scheduler not in SCHEDULERS:
-            raise GenerationError(f"No scheduler is called {self.scheduler!r}. Known: {', '.join(SCHEDULERS)}.")
+__all__ = ["GeneratedPicture", "Generator", "initial_noise"]
 
 
 @dataclass(frozen=True)
@@ -153,6 +102,7 @@ class Generator:
         `prompt`, `seed` and `num_images` of the request are not used.
         """
         request.check()
+        request = request.with_defaults()
         for text in dict.fromkeys([*prompts, request.negative_prompt]):
             self._tell_cut_words(text)
         scheduler = self._scheduler(request.scheduler)
@@ -198,6 +148,7 @@ class Generator:
     def _recipe(
         self, prompt: str, seed: int, request: GenerationRequest, height: int, width: int, scheduler: Any
     ) -> Recipe:
+        assert request.num_inference_steps is not None and request.guidance_scale is not None
         return Recipe(
             prompt=prompt,
             negative_prompt=request.negative_prompt,

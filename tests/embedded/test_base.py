@@ -14,7 +14,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdlora import embedded
 from sdlora.config import load_config
-from sdlora.generation import GenerationRequest, Generator, initial_noise
+from sdlora.generation import Generator, initial_noise
+from sdlora.request import GenerationRequest
 from sdlora.training import train_adapter
 
 DATASETS = Path(__file__).parents[2] / "datasets"

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from sdlora.errors import GenerationError
-from sdlora.generation import SCHEDULERS, GenerationRequest, Generator, initial_noise
+from sdlora.generation import Generator, initial_noise
 from sdlora.picture_file import read_recipe, save_picture
+from sdlora.request import SCHEDULERS, GenerationRequest
 
 REQUEST = GenerationRequest(prompt="a fox", num_inference_steps=2, guidance_scale=3.0)
 

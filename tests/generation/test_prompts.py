@@ -59,5 +59,5 @@ def test_two_adapters_of_one_name_are_not_guessed_between(tmp_path: Path) -> Non
 
 def test_words_beyond_the_text_encoder_are_named(tiny_pipeline) -> None:
     # The tiny tokenizer has one token a letter: 75 letters fit between start and end.
-    assert cut_words("a" * 70 + " owl box", tiny_pipeline.tokenizer).replace(" ", "") == "ox"
+    assert cut_words("a" * 70 + " owl box", tiny_pipeline.tokenizer) == "x"
     assert cut_words("fox", tiny_pipeline.tokenizer) == ""
