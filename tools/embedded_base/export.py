@@ -10,12 +10,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from art import HERE, read_subjects
+from art import read_subjects
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from train_unet import SCHEDULE, Base, load_vae
+from train_unet import SCHEDULE, SHIPPED, Base, load_vae
 from transformers import CLIPTokenizer
-
-TARGET = HERE.parents[1] / "sdlora" / "embedded" / "base"
 
 
 def build_pipeline(work: Path) -> StableDiffusionPipeline:
@@ -44,7 +42,7 @@ def build_pipeline(work: Path) -> StableDiffusionPipeline:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=TARGET)
+    parser.add_argument("--out", type=Path, default=SHIPPED)
     args = parser.parse_args()
     pipeline = build_pipeline(args.work).to(torch.float16)
     kept = {p.name: p.read_bytes() for p in args.out.glob("*") if p.name in ("README.md", "samples.png", "bars.json")}

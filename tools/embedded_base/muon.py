@@ -13,23 +13,16 @@ from torch import Tensor, nn
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """Nearest semi-orthogonal matrices to `matrices` [B, rows, cols], roughly: singular values become 0.7 to 1.2.
 
-    Each iteration multiplies X by a polynomial of its Gram matrix, and these commute, so the product is gathered on
-    the small side and X is touched twice only.
+    The products are computed in bf16, for which the iteration's coefficients are made.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
     transposed = x.shape[1] > x.shape[2]
-    x = x.mT if transposed else x
-    # In bf16 the Gram matrix would get eigenvalues below zero, which the iteration blows up.
-    gram = x @ x.mT
-    product = identity = torch.eye(gram.shape[-1])
-    for index in range(steps):
-        factor = a * identity + b * gram + c * (gram @ gram)
-        product = factor @ product
-        if index < steps - 1:
-            gram = factor @ factor @ gram
-    x = (product.bfloat16() @ x.bfloat16()).float()
-    return x.mT if transposed else x
+    x = x.mT.contiguous() if transposed else x
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if transposed else x).float()
 
 
 class Muon(torch.optim.Optimizer):

@@ -2,7 +2,7 @@
 
     python train_unet.py --work WORK --minutes 80
 
-Needs WORK/vae.pt. Writes WORK/unet.pt (weights, EMA, step) every few minutes and continues from it; draws
+Needs WORK/art and WORK/vae.pt (or takes the shipped VAE). Writes WORK/unet.pt (weights, EMA, step) every few minutes and continues from it; draws
 WORK/samples/STEP.png every --draw-every minutes. v-prediction, SD's betas, min-SNR weights (arXiv 2303.09556),
 stratified timesteps.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from art import BASE_SETS, read_subjects
+from art import BASE_SETS, HERE, read_subjects
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from muon import Ema, Schedule, build_optimizers
@@ -23,8 +23,9 @@ from PIL import Image
 from text import WIDTH, build_text_encoder, caption, write_tokenizer
 from torch import Tensor, nn
 from train_vae import build_vae
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
+SHIPPED = HERE.parents[1] / "sdlora" / "embedded" / "base"
 CHANNELS = (64, 128, 192)
 SNR_GAMMA = 5.0
 SCHEDULE = {
@@ -54,6 +55,9 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def load_vae(work: Path) -> AutoencoderKL:
+    """The averaged VAE of WORK/vae.pt, or the shipped one where there is none."""
+    if not (work / "vae.pt").exists():
+        return AutoencoderKL.from_pretrained(SHIPPED / "vae").float().eval().requires_grad_(False)
     saved = torch.load(work / "vae.pt", weights_only=True)
     vae = build_vae()
     vae.load_state_dict(saved["model"])
@@ -161,6 +165,9 @@ def main() -> None:
     parser.add_argument("--fall", type=float, default=0.5)
     parser.add_argument("--draw-every", type=float, default=12)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--from-shipped", action="store_true", help="start from the package's weights, not from nothing"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -174,6 +181,9 @@ def main() -> None:
     print({name: sum(p.numel() for p in m.parameters()) for name, m in base.named_children()}, flush=True)
     path, step = args.work / "unet.pt", 0
     saved = torch.load(path, weights_only=True) if path.exists() else None
+    if args.from_shipped and not saved:
+        base.unet.load_state_dict(UNet2DConditionModel.from_pretrained(SHIPPED / "unet").state_dict())
+        base.captioner.encoder.load_state_dict(CLIPTextModel.from_pretrained(SHIPPED / "text_encoder").state_dict())
     if saved:
         base.load_state_dict(saved["model"])
         step = saved["step"]
