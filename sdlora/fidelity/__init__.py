@@ -1,0 +1,21 @@
+"""Did the style arrive? Distances between sets of pictures that need no downloaded network."""
+
+from .classifier import StyleClassifier
+from .distance import measure_distances, style_distance, style_gap_closed
+from .features import MEASURES, StyleFeatures, picture_vectors, style_features
+from .pictures import rgb_to_lab
+from .subjects import subject_ranks, subject_topk
+
+__all__ = [
+    "MEASURES",
+    "StyleClassifier",
+    "StyleFeatures",
+    "measure_distances",
+    "picture_vectors",
+    "rgb_to_lab",
+    "style_distance",
+    "style_features",
+    "style_gap_closed",
+    "subject_ranks",
+    "subject_topk",
+]

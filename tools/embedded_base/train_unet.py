@@ -2,9 +2,9 @@
 
     python train_unet.py --work WORK --minutes 80
 
-Needs WORK/art and WORK/vae.pt (or takes the shipped VAE). Writes WORK/unet.pt (weights, EMA, step) every few minutes and continues from it; draws
-WORK/samples/STEP.png every --draw-every minutes. v-prediction, SD's betas, min-SNR weights (arXiv 2303.09556),
-stratified timesteps.
+Needs WORK/art and WORK/vae.pt (or takes the shipped VAE). Writes WORK/unet.pt (weights, EMA, step) every few minutes
+and continues from it; draws WORK/samples/STEP.png every --draw-every minutes. v-prediction, SD's betas, min-SNR weights
+(arXiv 2303.09556), stratified timesteps.
 """
 
 from __future__ import annotations
@@ -165,9 +165,7 @@ def main() -> None:
     parser.add_argument("--fall", type=float, default=0.5)
     parser.add_argument("--draw-every", type=float, default=12)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--from-shipped", action="store_true", help="start from the package's weights, not from nothing"
-    )
+    parser.add_argument("--from-shipped", action="store_true", help="start from the package's weights")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
