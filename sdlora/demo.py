@@ -182,7 +182,7 @@ def _sheet_subjects(subjects: Sequence[str]) -> list[str]:
 
 def write_sheet(columns: dict[str, list[Image.Image]], subjects: Sequence[str], path: Path) -> None:
     """A labelled grid: a row a subject, a column a heading."""
-    side, label, head = columns["base"][0].width, 110, 28
+    side, label, head = next(iter(columns.values()))[0].width, 110, 28
     sheet = Image.new("RGB", (label + side * len(columns), head + side * len(subjects)), "white")
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(14)
