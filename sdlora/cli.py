@@ -104,6 +104,7 @@ def train(
     xformers: Annotated[bool, typer.Option("--xformers", help="Attention by xformers (CUDA only).")] = False,
 ) -> None:
     """Train a style LoRA on a folder of images."""
+    from sdlora import embedded
     from sdlora.config import load_config
 
     given = {
@@ -123,7 +124,8 @@ def train(
         "output.name": name,
     }
     from_options = [f"{key}={_toml_value(value)}" for key, value in given.items() if value is not None]
-    train_config = load_config(config, [*from_options, *(settings or [])])
+    suited = embedded.TRAINING if base == "tiny" and config is None else ()
+    train_config = load_config(config, [*suited, *from_options, *(settings or [])])
 
     from sdlora.data.dataset import scan_dataset
 

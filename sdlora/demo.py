@@ -137,7 +137,7 @@ def _train(
         "output.name": style.folder,
         **({"train.exposures": exposures} if exposures else {}),
     }
-    config = load_config(None, [f"{key}={value!r}" for key, value in settings.items()])
+    config = load_config(None, [*embedded.TRAINING, *(f"{key}={value!r}" for key, value in settings.items())])
     trained = train_adapter(config, say=say)
     target = out_dir / f"{style.folder}.safetensors"
     shutil.copyfile(trained, target)
