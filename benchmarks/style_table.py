@@ -3,8 +3,8 @@
     python benchmarks/style_table.py --out outputs/style_table
 
 Trains every combination on both datasets, draws the held-out subjects, and measures the style gap closed, the subjects
-kept (share of pictures whose own drawing is among the five nearest, against the base's own share), the time and the
-file's size. Rows already in OUT/table.json are kept, so that it can be stopped and continued.
+kept (share of pictures whose own drawing is among the five nearest by luminance edges, against the base's own share),
+the time and the file's size. Rows already in OUT/table.json are kept, so that it can be stopped and continued.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def measure(style: DemoStyle, preset: str, rank: int, out_dir: Path, exposures: 
         "targets": preset,
         "rank": rank,
         "gap_closed": style_gap_closed(with_adapter, without, truth),
-        "subject_top5": subject_topk(with_adapter, truth, k=5),
-        "subject_top5_base": subject_topk(plain, truth, k=5),
+        "subject_top5": subject_topk(with_adapter, truth, k=5, edges=True),
+        "subject_top5_base": subject_topk(plain, truth, k=5, edges=True),
         "seconds": seconds,
         "kilobytes": path.stat().st_size / 1024,
     }

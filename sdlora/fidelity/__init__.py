@@ -1,8 +1,8 @@
 """Did the style arrive? Distances between sets of pictures that need no downloaded network."""
 
-from .classifier import StyleClassifier
+from .classifier import StyleClassifier, nearest_style
 from .distance import measure_distances, style_distance, style_gap_closed
-from .features import MEASURES, StyleFeatures, picture_vectors, style_features
+from .features import MEASURES, StyleFeatures, pool_features, style_features
 from .pictures import rgb_to_lab
 from .subjects import subject_ranks, subject_topk
 
@@ -11,7 +11,8 @@ __all__ = [
     "StyleClassifier",
     "StyleFeatures",
     "measure_distances",
-    "picture_vectors",
+    "nearest_style",
+    "pool_features",
     "rgb_to_lab",
     "style_distance",
     "style_features",

@@ -78,7 +78,7 @@ def measure_styles(generator: Generator, art: dict[str, dict[str, Image.Image]])
     right = {}
     for style in art:
         pictures = draw(generator, [caption(subject, style) for subject in subjects])
-        right[style] = float(np.mean([classifier.nearest(picture) == style for picture in pictures]))
+        right[style] = float(np.mean([told == style for told in classifier.nearest_of(pictures)]))
     return {"right": round(float(np.mean(list(right.values()))), 3), **{k: round(v, 3) for k, v in right.items()}}
 
 

@@ -3,8 +3,8 @@
     python train_unet.py --work WORK --minutes 80
 
 Needs WORK/art and WORK/vae.pt (or takes the shipped VAE). Writes WORK/unet.pt (weights, EMA, step) every few minutes
-and continues from it; draws WORK/samples/STEP.png every --draw-every minutes. v-prediction, SD's betas, min-SNR weights
-(arXiv 2303.09556), stratified timesteps.
+and continues from it; draws WORK/samples/STEP.png every --draw-every minutes. v-prediction, SD's betas, one weight for
+all timesteps except the almost noiseless, whose velocity is mere noise; stratified timesteps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 SHIPPED = HERE.parents[1] / "sdlora" / "embedded" / "base"
 CHANNELS = (64, 128, 192)
-SNR_GAMMA = 5.0
+SNR_CAP = 5.0
 SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -192,8 +192,9 @@ def main() -> None:
         ema.shadow = saved["ema"]
     noise_scheduler = DDPMScheduler(**SCHEDULE)
     alphas = noise_scheduler.alphas_cumprod
-    weights = (alphas / (1 - alphas)).clamp(max=SNR_GAMMA) / (alphas / (1 - alphas) + 1)
-    weights = weights / weights.mean()
+    # Min-SNR weights would give the noisiest timesteps, where only the caption says what to draw, next to nothing.
+    signal_to_noise = alphas / (1 - alphas)
+    weights = (signal_to_noise + 1).clamp(max=SNR_CAP + 1) / (signal_to_noise + 1)
 
     first, losses, queue = step, [], []
     started = told = drawn = time.time()
