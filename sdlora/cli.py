@@ -141,6 +141,20 @@ def train(
     train_with_progress(train_config, dataset, say=_say, stream=sys.stdout)
 
 
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(help="The run's folder, e.g. outputs/my_art.")],
+    settings: Annotated[list[str] | None, typer.Option("--set", help="section.name=value, as often as needed.")] = None,
+    allow_change: Annotated[
+        bool, typer.Option("--allow-change", help="Go on though pictures or settings lead to another adapter.")
+    ] = False,
+) -> None:
+    """Go on with a run that was stopped, exactly where it was."""
+    from sdlora.workflows import resume_with_progress
+
+    resume_with_progress(run, settings or [], allow_change=allow_change, say=_say, stream=sys.stdout)
+
+
 def _toml_value(value: object) -> str:
     """A command-line value as the right-hand side of `--set`."""
     if isinstance(value, int | float):

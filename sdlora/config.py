@@ -31,6 +31,7 @@ __all__ = [
     "TrainSettings",
     "config_reference",
     "load_config",
+    "setting_names",
     "to_toml",
 ]
 
@@ -355,7 +356,7 @@ def _explain(details: Mapping[str, Any]) -> Problem:
 
 def _explain_unknown(location: Sequence[str]) -> Problem:
     where, name = ".".join(location), location[-1]
-    homes = [path for path in _setting_paths() if path.split(".")[1] == name]
+    homes = [path for path in setting_names() if path.split(".")[1] == name]
     if homes:
         return Problem(where, f"this setting belongs in {' or '.join(homes)}.")
     if len(location) == 1:
@@ -370,11 +371,12 @@ def _explain_unknown(location: Sequence[str]) -> Problem:
 
 
 def _full_paths_close_to(name: str) -> list[str]:
-    by_name = {path.split(".")[1]: path for path in _setting_paths()}
+    by_name = {path.split(".")[1]: path for path in setting_names()}
     return [by_name[close] for close in difflib.get_close_matches(name, list(by_name), n=1)]
 
 
-def _setting_paths() -> Iterator[str]:
+def setting_names() -> Iterator[str]:
+    """Every setting as `section.name`."""
     for section, field in TrainConfig.model_fields.items():
         yield from (f"{section}.{name}" for name in _section_model(field).model_fields)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from sdlora.data.dataset import scan_dataset
 from sdlora.errors import DatasetError, Problem, SdloraError
 from sdlora.fidelity import style_gap_closed
 from sdlora.generation import Generator
+from sdlora.progress import terminal_progress
 from sdlora.request import GenerationRequest
 from sdlora.training import train_adapter
 
@@ -93,13 +95,14 @@ def run_demo(out_dir: Path, *, say: Callable[[str], None], exposures: int | None
     datasets = find_datasets()
     out_dir.mkdir(parents=True, exist_ok=True)
     paths = {style: _train(style, datasets, out_dir, exposures, say) for style in STYLES}
-    say("Drawing held-out subjects: without, with each style, with both, and after unloading ...")
+    say("Drawing subjects that were held out ...")
     generator = Generator.from_base("tiny", precision="fp32")
     before = generator.stack.base_checksum()
     drawings = {style: held_out_drawings(datasets / style.folder) for style in STYLES}
     subjects = list(drawings[STYLES[0]])
     results = []
     for style in STYLES:
+        say(f"  {2 * len(subjects)} pictures without and with {paths[style][0].name}")
         prompts = [f"{subject}, {style.trigger}" for subject in subjects]
         without = draw(generator, prompts)
         name = generator.stack.load(paths[style][0])
@@ -107,6 +110,7 @@ def run_demo(out_dir: Path, *, say: Callable[[str], None], exposures: int | None
         gap = style_gap_closed(draw(generator, prompts), without, list(drawings[style].values()))
         generator.stack.unload()
         results.append(StyleResult(style, *paths[style], gap))
+    say("  the sheet: without, with each, with both, and after unloading")
     columns = sheet_columns(generator, paths, _sheet_subjects(subjects))
     identical = columns["base"] == columns["after unload"]
     after = generator.stack.base_checksum()
@@ -138,7 +142,8 @@ def _train(
         **({"train.exposures": exposures} if exposures else {}),
     }
     config = load_config(None, [*embedded.TRAINING, *(f"{key}={value!r}" for key, value in settings.items())])
-    trained = train_adapter(config, say=say)
+    with terminal_progress(sys.stderr) as progress:
+        trained = train_adapter(config, observers=[progress], say=say)
     target = out_dir / f"{style.folder}.safetensors"
     shutil.copyfile(trained, target)
     return target, time.monotonic() - started

@@ -10,6 +10,7 @@
     │   ├── UnknownAdapterError         no adapter of that name is loaded
     │   └── DuplicateAdapterError       the name is taken
     ├── TrainingError               6   training cannot start or go on
+    │   ├── CheckpointError             a saved state cannot be written, read or gone on from
     │   ├── NonFiniteError              a NaN or Inf where training would be spoilt by it
     │   └── NothingToTrainError         no module matches the targets
     └── GenerationError             7   a picture cannot be drawn as asked
@@ -27,6 +28,7 @@ __all__ = [
     "AdapterError",
     "AdapterFileError",
     "AdapterMismatchError",
+    "CheckpointError",
     "ConfigError",
     "DatasetError",
     "DuplicateAdapterError",
@@ -134,6 +136,10 @@ class TrainingError(SdloraError):
     """Training cannot start or go on."""
 
     exit_code = 6
+
+
+class CheckpointError(TrainingError):
+    """The saved state of a run cannot be written, read, or gone on from."""
 
 
 class NonFiniteError(TrainingError):

@@ -21,6 +21,7 @@ __all__ = [
     "attach_lora",
     "detach_lora",
     "lora_pairs",
+    "named_parameters",
     "target_modules",
     "trainable_parameters",
     "trainable_share",
@@ -120,6 +121,15 @@ def lora_pairs(unet: UNet2DConditionModel, adapter_name: str) -> dict[str, LoraP
         for path, layer in _lora_layers(unet)
         if adapter_name in layer.lora_A
     }
+
+
+def named_parameters(unet: UNet2DConditionModel, adapter_name: str) -> dict[str, nn.Parameter]:
+    """What training changes, as `PATH.down` and `PATH.up`: names of ours, which no version of peft changes."""
+    named = {}
+    for path, layer in _lora_layers(unet):
+        named[f"{path}.down"] = layer.lora_A[adapter_name].weight
+        named[f"{path}.up"] = layer.lora_B[adapter_name].weight
+    return named
 
 
 def trainable_parameters(unet: UNet2DConditionModel) -> list[nn.Parameter]:

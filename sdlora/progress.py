@@ -131,8 +131,8 @@ def _sentence(event: CheckpointSaved | PreviewReady | RunFinished) -> str:
             return f"step {event.step}: drew {event.path}"
         case RunFinished(stopped_early=True):
             return (
-                f"Stopped after step {event.step}. What was learnt so far lies in {event.path} and can be used; "
-                "for a full run start the same command again (it gets a folder of its own)."
+                f"Stopped after step {event.step}. What was learnt so far lies in {event.path} and can be used. "
+                f"To go on: sdlora resume {Path(event.path).parent}"
             )
         case RunFinished():
             return f"Finished {event.step} steps in {_duration(event.seconds)}: {event.path}"

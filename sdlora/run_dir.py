@@ -1,10 +1,9 @@
 """The folder of one run: what its files are called, and how they are written so that none is ever half there.
 
-    outputs/NAME[-2]/  config.toml  events.jsonl  NAME.safetensors
-        checkpoints/step-000400/NAME-step-000400.safetensors
-        previews/step-000400/0.png
-
-What is needed to go on exactly where a run stopped will lie beside the adapter in its `checkpoints/step-...` folder.
+outputs/NAME[-2]/  config.toml  dataset.json  events.jsonl  NAME.safetensors  .lock
+    checkpoints/step-000400/NAME-step-000400.safetensors    the adapter, to draw with
+    state/step-000400/                                      what is needed to go on exactly (checkpoint.py)
+    previews/step-000400/0.png
 """
 
 from __future__ import annotations
@@ -32,6 +31,21 @@ class RunDir:
     def config_path(self) -> Path:
         """The resolved settings."""
         return self.root / "config.toml"
+
+    @property
+    def dataset_path(self) -> Path:
+        """Which pictures and captions it was started with."""
+        return self.root / "dataset.json"
+
+    @property
+    def state_dir(self) -> Path:
+        """What is needed to go on."""
+        return self.root / "state"
+
+    @property
+    def lock_path(self) -> Path:
+        """Held by the process that works in this folder; let go of by the system when it dies."""
+        return self.root / ".lock"
 
     @property
     def events_path(self) -> Path:

@@ -1,7 +1,8 @@
 """The one training loop. It yields what happened; it does not print or draw, and it saves by itself.
 
-Everything that a run needs to go on is in `TrainerState`, the adapter and the optimizer: all random choices follow from
-the seed and the step. To go on exactly, those are what a checkpoint has to hold.
+Everything that a run needs to go on is in `TrainerState`, the adapter, the optimizer and the gradient scaler: all
+random choices follow from the seed and the step. Those are what a checkpoint holds, and from one a trainer goes on
+exactly.
 """
 
 from __future__ import annotations
@@ -10,23 +11,24 @@ import datetime
 import hashlib
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sdlora.adapter_file import AdapterMetadata, write_adapter
 from sdlora.batches import Batch, ExposureOrder, micro_batches
+from sdlora.checkpoint import Checkpoint, write_checkpoint
 from sdlora.config import TrainConfig, to_toml
-from sdlora.errors import AdapterError, ModelError, NonFiniteError
+from sdlora.errors import AdapterError, CheckpointError, ModelError, NonFiniteError
 from sdlora.events import CheckpointSaved, Event, PreviewReady, RunFinished, StepDone
 from sdlora.families.base import Components
 from sdlora.length import LengthPlan, plan_length
-from sdlora.lora import attach_lora, detach_lora, lora_pairs, trainable_parameters
+from sdlora.lora import attach_lora, detach_lora, lora_pairs, named_parameters
 from sdlora.objective import (
     add_noise,
     diffusion_loss,
@@ -44,15 +46,22 @@ __all__ = ["Trainer", "TrainerState", "learning_rate_at"]
 
 _ADAPTER_NAME = "lora"
 _MAX_SKIPPED_IN_A_ROW = 20
+_STATE_SECONDS = 300.0
+"""A state is saved at least this often, so that a power cut costs minutes and not the hours between two saves."""
 
 
 @dataclass
 class TrainerState:
-    """Where a run is: steps made, how many of them were skipped, how many of those just now."""
+    """Where a run is: steps made, how many of them were skipped, how many of those just now, the seconds it took.
+
+    `losses` are those since the last progress event.
+    """
 
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
 
     @property
     def updates(self) -> int:
@@ -72,7 +81,8 @@ class Trainer:
     """Trains one LoRA; `run` once.
 
     The U-Net gets its LoRA here and is given back without it when `run` ends, however it ends: the base's weights are
-    never changed. `draw_previews`, called after a save with the step, returns the pictures it drew.
+    never changed. `draw_previews`, called after a save with the step, returns the pictures it drew. With a `checkpoint`
+    the run goes on after its step, as if it had never stopped; `facts` are put into every checkpoint written.
     """
 
     def __init__(
@@ -84,11 +94,14 @@ class Trainer:
         run_dir: RunDir,
         precision: Precision,
         draw_previews: Callable[[int], list[Path]] | None = None,
+        checkpoint: Checkpoint | None = None,
+        facts: Mapping[str, Any] | None = None,
     ):
         """
         Raises:
             ModelError: the base predicts something that adapter files have no word for.
             NothingToTrainError: a target matches no layer.
+            CheckpointError: the checkpoint belongs to another adapter.
         """
         if components.prediction_type not in ("epsilon", "v_prediction"):
             raise ModelError(f"{components.source} predicts {components.prediction_type!r}, which is not supported.")
@@ -106,8 +119,9 @@ class Trainer:
         self.plan: LengthPlan = plan_length(len(self._entries), config)
         self.state = TrainerState()
         self.finished: RunFinished | None = None
-        self._stop_requested = False
-        self._started = time.perf_counter()
+        self._facts = dict(facts or {})
+        self._stop_requested = self._in_update = False
+        self._started = self._saved_at = time.perf_counter()
         attach_lora(
             self._unet,
             adapter_name=_ADAPTER_NAME,
@@ -117,11 +131,14 @@ class Trainer:
             targets=config.lora.targets,
             seed=config.train.seed,
         )
-        self._parameters = trainable_parameters(self._unet)
+        self._named = named_parameters(self._unet, _ADAPTER_NAME)
+        self._parameters = list(self._named.values())
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay
         )
         self._scaler = precision.grad_scaler()
+        if checkpoint is not None:
+            self._restore(checkpoint)
 
     def request_stop(self) -> None:
         """Asks the run to end after the step it is in, saved and finished in order. Safe in a signal handler."""
@@ -130,19 +147,24 @@ class Trainer:
     def run(self) -> Generator[Event, None, None]:
         """Trains, saves, and yields each event; ends with RunFinished.
 
-        A keyboard interrupt or `request_stop` ends it early but in order. If the caller closes it, or an error ends
-        it, what was learnt so far is saved too; `finished` then holds the event that could not be yielded.
+        A keyboard interrupt or `request_stop` ends it early but in order; an interrupt after such a request leaves at
+        once, with what was saved last. If the caller closes it, or an error ends it, what was learnt so far is saved
+        too; `finished` then holds the event that could not be yielded.
 
         Raises:
             NonFiniteError: the loss or a gradient is NaN or Inf; raised before it reaches the weights.
             AdapterFileError: the adapter cannot be written.
+            CheckpointError: the state cannot be written.
         """
-        self._started = time.perf_counter()
+        self._started = time.perf_counter() - self.state.seconds
         self._unet.train()
         try:
             try:
                 yield from self._steps()
             except KeyboardInterrupt:
+                # In the middle of an update some weights are of this step and some of the one before.
+                if self._stop_requested or self._in_update:
+                    raise
                 self._stop_requested = True
             except BaseException as error:
                 self._save_after(error)
@@ -159,13 +181,11 @@ class Trainer:
 
     def _steps(self) -> Iterator[Event]:
         self._rehearse()
-        losses: list[float] = []
-        last_time, last_step = time.perf_counter(), 0
+        last_time, last_step = time.perf_counter(), self.state.step
         while self.state.step < self.plan.steps and not self._stop_requested:
             learning_rate = self._set_learning_rate()
-            loss, grad_norm = self._step()
-            losses.append(loss)
-            step = self.state.step
+            grad_norm = self._step()
+            step, losses = self.state.step, self.state.losses
             if step % self._config.train.log_every == 0 or step == self.plan.steps:
                 now = time.perf_counter()
                 yield StepDone(
@@ -178,10 +198,13 @@ class Trainer:
                     images_per_second=(step - last_step) * self._examples_per_step / max(now - last_time, 1e-9),
                     skipped=self.state.skipped,
                 )
-                losses, last_step, last_time = [], step, time.perf_counter()
+                self.state.losses = []
+                last_step, last_time = step, time.perf_counter()
             if step in self.plan.save_steps:
                 yield from self._save_and_draw(step)
                 last_time = time.perf_counter()
+            elif time.perf_counter() - self._saved_at > _STATE_SECONDS:
+                self._save_state()
 
     def _rehearse(self) -> None:
         """One pass at the largest size, thrown away, so that too little memory shows now and not after an hour."""
@@ -194,8 +217,8 @@ class Trainer:
             torch.autograd.backward(self._losses(batch, dropout_counters=(-1, 0)).sum())
         self._optimizer.zero_grad(set_to_none=True)
 
-    def _step(self) -> tuple[float, float | None]:
-        """One optimizer step; its mean loss, and the gradient's norm or None if the step was skipped."""
+    def _step(self) -> float | None:
+        """One optimizer step, its mean loss kept in the state; the gradient's norm, or None if it was skipped."""
         first = self.state.step * self._examples_per_step
         exposures = [(n, self._entries[self._order.entry(n)]) for n in range(first, first + self._examples_per_step)]
         self._optimizer.zero_grad(set_to_none=True)
@@ -206,7 +229,9 @@ class Trainer:
             mean = losses.sum() / len(exposures)
             torch.autograd.backward(self._scaler.scale(mean) if self._scaler else mean)
             total += mean.item()
-        return total, self._update()
+        grad_norm = self._update()
+        self.state.losses.append(total)
+        return grad_norm
 
     def _batches(self, exposures: list[tuple[int, int]]) -> Iterator[Batch]:
         train = self._config.train
@@ -249,10 +274,12 @@ class Trainer:
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._config.train.max_grad_norm).item()
+        self._in_update = True
         applied = self._apply_scaled(self._scaler) if self._scaler is not None else self._apply(grad_norm)
         self.state.step += 1
         self.state.skipped += not applied
         self.state.skipped_in_a_row = 0 if applied else self.state.skipped_in_a_row + 1
+        self._in_update = False
         if self.state.skipped_in_a_row == _MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteError(
                 f"Step {self.state.step}: the gradients overflowed fp16 {_MAX_SKIPPED_IN_A_ROW} times in a row. "
@@ -262,6 +289,7 @@ class Trainer:
 
     def _apply(self, grad_norm: float) -> bool:
         if not math.isfinite(grad_norm):
+            self._in_update = False
             raise NonFiniteError(
                 f"Step {self.state.step + 1}: the gradient is NaN or Inf. The weights of the step before are kept. "
                 "Lower train.learning_rate."
@@ -303,6 +331,7 @@ class Trainer:
             path = self._run_dir.checkpoint_adapter_path(step)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._write(path)
+            self._save_state()
             yield CheckpointSaved(step=step, path=str(path))
         if self._draw_previews is not None:
             self._unet.eval()
@@ -314,6 +343,7 @@ class Trainer:
     def _finish(self) -> RunFinished:
         path = self._run_dir.adapter_path
         self._write(path)
+        self._save_state()
         return RunFinished(
             step=self.state.step,
             path=str(path),
@@ -322,13 +352,54 @@ class Trainer:
         )
 
     def _save_after(self, error: BaseException) -> None:
-        if self.state.step == 0:
+        if self.state.step == 0 or self._in_update:
             return
         try:
             self.finished = self._finish()
             error.add_note(f"The adapter after step {self.state.step} is saved: {self.finished.path}")
-        except AdapterError as second:
-            error.add_note(f"The adapter could not be saved either: {second}")
+        except (AdapterError, CheckpointError) as second:
+            error.add_note(f"What was learnt could not be saved either: {second}")
+
+    def _save_state(self) -> None:
+        self.state.seconds = time.perf_counter() - self._started
+        tensors = {f"lora/{name}": _copied(parameter) for name, parameter in self._named.items()}
+        for name, parameter in self._named.items():
+            for key, value in self._optimizer.state[parameter].items():
+                tensors[f"optimizer/{key}/{name}"] = _copied(value)
+        facts = {
+            **self._facts,
+            "trainer": asdict(self.state),
+            "optimizer": type(self._optimizer).__name__,
+            "scaler": self._scaler.state_dict() if self._scaler is not None else None,
+        }
+        write_checkpoint(self._run_dir.state_dir, Checkpoint(self.state.step, tensors, facts))
+        self._saved_at = time.perf_counter()
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        by_prefix: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in checkpoint.tensors.items():
+            prefix, _, parameter_name = name.rpartition("/")
+            by_prefix.setdefault(prefix, {})[parameter_name] = tensor
+        weights = by_prefix.pop("lora", {})
+        shapes = {name: parameter.shape for name, parameter in self._named.items()}
+        if {name: tensor.shape for name, tensor in weights.items()} != shapes:
+            detach_lora(self._unet)
+            raise CheckpointError(
+                f"{self._run_dir.root}: the saved state is of an adapter with other layers or another rank. Start a "
+                "new run with `sdlora train`."
+            )
+        with torch.no_grad():
+            for name, parameter in self._named.items():
+                parameter.copy_(weights[name])
+        state = {
+            index: {prefix.removeprefix("optimizer/"): kept[name] for prefix, kept in by_prefix.items() if name in kept}
+            for index, name in enumerate(self._named)
+        }
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": groups})
+        if self._scaler is not None and checkpoint.facts["scaler"] is not None:
+            self._scaler.load_state_dict(checkpoint.facts["scaler"])
+        self.state = TrainerState(**checkpoint.facts["trainer"])
 
     def _write(self, path: Path) -> None:
         write_adapter(
@@ -359,6 +430,10 @@ class Trainer:
                 "sdlora.config_sha256": hashlib.sha256(to_toml(config).encode("utf-8")).hexdigest(),
             },
         )
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 @contextmanager

@@ -11,14 +11,13 @@ from sdlora import embedded
 from sdlora.adapter_file import read_adapter
 from sdlora.config import DEFAULT_BASE, TrainConfig
 from sdlora.data.dataset import ImageDataset
-from sdlora.events import RunFinished
 from sdlora.generation import Generator
 from sdlora.picture_file import save_picture
 from sdlora.progress import terminal_progress
 from sdlora.request import GenerationRequest
-from sdlora.training import train_adapter
+from sdlora.training import resume_run, train_adapter
 
-__all__ = ["generate_files", "train_with_progress"]
+__all__ = ["generate_files", "resume_with_progress", "train_with_progress"]
 
 
 def generate_files(
@@ -72,15 +71,26 @@ def train_with_progress(
         ModelError: the base cannot be had or used here.
         TrainingError: training cannot start or go on.
     """
-    ends: list[RunFinished] = []
     with terminal_progress(stream) as progress:
-        path = train_adapter(
-            config,
-            dataset=dataset,
-            observers=[progress, lambda event: ends.append(event) if isinstance(event, RunFinished) else None],
-            say=say,
-        )
-    if ends and ends[0].stopped_early:
-        say(f"Stopped after step {ends[0].step}; what was learnt until then is saved.")
-    say(f'{path} ({path.stat().st_size / 1024:.0f} kB). Draw with it: sdlora generate "..." --lora {path}')
+        path = train_adapter(config, dataset=dataset, observers=[progress], say=say)
+    _tell_how_to_draw(path, say)
     return path
+
+
+def resume_with_progress(
+    run: Path, overrides: Sequence[str], *, allow_change: bool, say: Callable[[str], None], stream: TextIO
+) -> Path:
+    """Go on with the run in a folder, with a progress bar on `stream`; returns the adapter's path.
+
+    Raises:
+        CheckpointError: there is nothing to go on from, or something changed that must not.
+        DatasetError, ModelError, TrainingError: as in `train_with_progress`.
+    """
+    with terminal_progress(stream) as progress:
+        path = resume_run(run, overrides=overrides, allow_change=allow_change, observers=[progress], say=say)
+    _tell_how_to_draw(path, say)
+    return path
+
+
+def _tell_how_to_draw(path: Path, say: Callable[[str], None]) -> None:
+    say(f'{path} ({path.stat().st_size / 1024:.0f} kB). Draw with it: sdlora generate "..." --lora {path}')

@@ -96,7 +96,7 @@ def test_a_stopped_run_says_where_its_adapter_is_and_how_to_go_on() -> None:
     stream = io.StringIO()
     PlainProgress(stream)(RunFinished(step=7, path="out/a.safetensors", seconds=1.0, stopped_early=True))
     assert "out/a.safetensors" in stream.getvalue()
-    assert "same command again" in stream.getvalue()
+    assert "sdlora resume out\n" in stream.getvalue()
 
 
 def test_the_shown_loss_is_a_running_mean_without_start_bias() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from sdlora.checkpoint import Checkpoint
 from sdlora.config import TrainConfig
 from sdlora.families import Components, components_from_pipeline
 from sdlora.precision import Precision
@@ -59,6 +60,7 @@ def make_trainer(
     training_set: TrainingSet | None = None,
     precision: Precision | None = None,
     draw_previews: Callable[[int], list[Path]] | None = None,
+    checkpoint: Checkpoint | None = None,
     **sections: dict[str, Any],
 ) -> Trainer:
     components = components or components_from_pipeline(TINY[family]())
@@ -70,6 +72,7 @@ def make_trainer(
         run_dir=RunDir(folder, "ink"),
         precision=precision or Precision("fp32", "cpu"),
         draw_previews=draw_previews,
+        checkpoint=checkpoint,
     )
 
 

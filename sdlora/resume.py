@@ -1,0 +1,123 @@
+"""May a run go on as asked? What changed since it was started, and what each change means. Loads no model library."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sdlora.config import TrainConfig
+from sdlora.data.dataset import ImageDataset
+from sdlora.errors import CheckpointError
+
+__all__ = ["CHANGE_CLASSES", "Change", "config_changes", "dataset_changes", "dataset_record", "require_allowed"]
+
+Meaning = Literal["free", "safe", "changes the run", "impossible"]
+
+CHANGE_CLASSES: dict[str, Meaning] = {
+    "model.base": "free",
+    "model.precision": "changes the run",
+    "model.attention": "safe",
+    "data.path": "free",
+    "data.trigger": "changes the run",
+    "data.resolution": "changes the run",
+    "data.background": "changes the run",
+    "data.caption_dropout": "changes the run",
+    "data.flip": "changes the run",
+    "lora.rank": "impossible",
+    "lora.alpha": "changes the run",
+    "lora.dropout": "changes the run",
+    "lora.targets": "impossible",
+    "train.exposures": "changes the run",
+    "train.batch_size": "impossible",
+    "train.gradient_accumulation": "impossible",
+    "train.learning_rate": "changes the run",
+    "train.warmup_fraction": "changes the run",
+    "train.weight_decay": "changes the run",
+    "train.snr_gamma": "changes the run",
+    "train.noise_offset": "changes the run",
+    "train.max_grad_norm": "changes the run",
+    "train.seed": "changes the run",
+    "train.save_every": "free",
+    "train.log_every": "free",
+    "preview.prompts": "free",
+    "preview.num_inference_steps": "free",
+    "preview.guidance_scale": "free",
+    "preview.seed": "free",
+    "output.dir": "free",
+    "output.name": "impossible",
+}
+"""What a changed setting does to a run that goes on. `free`: the adapter stays the same (what base and pictures hold is
+compared by itself, wherever they lie). `safe`: the same but for rounding. `changes the run`: another adapter than
+without the stop. `impossible`: the saved state does not fit it. A test sees to it that every setting is here."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One difference, in words, and what it means."""
+
+    what: str
+    meaning: Meaning
+
+    def __str__(self) -> str:
+        return f"{self.what} ({self.meaning})"
+
+
+def config_changes(old: TrainConfig, new: TrainConfig) -> list[Change]:
+    """Every setting that differs."""
+    before, after = (_flat(config.model_dump(mode="json")) for config in (old, new))
+    return [
+        Change(f"{name}: {json.dumps(before[name])} -> {json.dumps(after[name])}", CHANGE_CLASSES[name])
+        for name in before
+        if before[name] != after[name]
+    ]
+
+
+def dataset_record(dataset: ImageDataset) -> dict[str, dict[str, Any]]:
+    """By file name: SHA-256 of the picture's bytes, its caption, how often it counts."""
+    return {
+        example.path.relative_to(dataset.root).as_posix(): {
+            "sha256": hashlib.sha256(example.path.read_bytes()).hexdigest(),
+            "caption": example.caption,
+            "repeats": example.repeats,
+        }
+        for example in dataset.examples
+    }
+
+
+def dataset_changes(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str, Any]]) -> list[Change]:
+    """Every picture that came, went or changed."""
+    changes = [f"{name} is gone" for name in old if name not in new]
+    changes += [f"{name} is new" for name in new if name not in old]
+    for name in old:
+        if name not in new:
+            continue
+        if old[name]["sha256"] != new[name]["sha256"]:
+            changes.append(f"{name}: the picture changed")
+        for key in ("caption", "repeats"):
+            if old[name][key] != new[name][key]:
+                changes.append(f"{name}: {key} {old[name][key]!r} -> {new[name][key]!r}")
+    return [Change(what, "changes the run") for what in changes]
+
+
+def require_allowed(root: Path, changes: Sequence[Change], *, allow_change: bool) -> None:
+    """Lets a run go on unless a change forbids it.
+
+    Raises:
+        CheckpointError: lists the changes that are impossible, or that need `allow_change`.
+    """
+    for meaning, way_out in (
+        ("impossible", "The saved state does not fit. Undo them, or start a new run with `sdlora train`."),
+        ("changes the run", "Undo them, or add --allow-change to go on with another run than the one begun."),
+    ):
+        matching = [change for change in changes if change.meaning == meaning]
+        if matching and not (allow_change and meaning == "changes the run"):
+            lines = "\n".join(f"  {change.what}" for change in matching)
+            raise CheckpointError(f"Since {root} was started, this changed:\n{lines}\n{way_out}")
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{name}": value for section, inner in values.items() for name, value in inner.items()}

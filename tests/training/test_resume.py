@@ -1,0 +1,348 @@
+"""A run that stopped goes on as if it had not: the same adapter, bit for bit, and the same log."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdlora.adapter_file import read_adapter
+from sdlora.checkpoint import Checkpoint, read_latest_checkpoint
+from sdlora.config import TrainConfig, load_config, setting_names
+from sdlora.errors import CheckpointError, TrainingError
+from sdlora.events import Event, RunFinished, StepDone, from_json
+from sdlora.families import components_from_pipeline
+from sdlora.precision import Precision
+from sdlora.resume import CHANGE_CLASSES
+from sdlora.trainer import Trainer
+from sdlora.training import resume_run, train_adapter
+from tests.tiny import tiny_sd1
+from tests.training.helpers import make_config, make_trainer, make_training_set, write_pictures
+
+SIX_STEPS: dict[str, Any] = {"exposures": 3, "batch_size": 2, "save_every": 10_000}  # 4 images: 2 steps an epoch
+
+
+def told(events: list[Event]) -> list[tuple[Any, ...]]:
+    return [(e.step, e.loss, e.learning_rate, e.grad_norm, e.skipped) for e in events if isinstance(e, StepDone)]
+
+
+def run_until(trainer: Trainer, step: int) -> list[Event]:
+    events = []
+    for event in trainer.run():
+        events.append(event)
+        if isinstance(event, StepDone) and event.step == step:
+            trainer.request_stop()
+    return events
+
+
+def newest(folder: Path) -> Checkpoint:
+    return read_latest_checkpoint(folder / "state", say=print)
+
+
+def weights(folder: Path) -> str:
+    return read_adapter(folder / "ink.safetensors").tensor_sha256
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"lora": {"rank": 4, "dropout": 0.2, "alpha": 2.0}, "train": {"noise_offset": 0.05}},
+        {"train": {"batch_size": 1, "gradient_accumulation": 2}},
+    ],
+    ids=["plain", "dropout and noise offset", "accumulation"],
+)
+def test_a_stopped_run_ends_as_an_unbroken_one(tmp_path: Path, stop: int, settings: dict[str, Any]) -> None:
+    settings = {**settings, "train": SIX_STEPS | settings.get("train", {})}
+    whole = list(make_trainer(tmp_path / "whole", **settings).run())
+    first = run_until(make_trainer(tmp_path / "parts", **settings), stop)
+    assert isinstance(first[-1], RunFinished) and first[-1].stopped_early
+    second = list(make_trainer(tmp_path / "parts", checkpoint=newest(tmp_path / "parts"), **settings).run())
+    assert told(first) + told(second) == told(whole)
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_a_mean_loss_that_spans_the_stop_is_the_same(tmp_path: Path) -> None:
+    settings = {"train": {**SIX_STEPS, "log_every": 3, "save_every": 4}}
+    whole = list(make_trainer(tmp_path / "whole", **settings).run())
+
+    def crash(step: int) -> list[Path]:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        list(make_trainer(tmp_path / "parts", draw_previews=crash, **settings).run())
+    checkpoint = newest(tmp_path / "parts")
+    assert checkpoint.step == 4
+    second = list(make_trainer(tmp_path / "parts", checkpoint=checkpoint, **settings).run())
+    assert told(second) == told(whole)[1:]
+
+
+def test_a_crash_inside_accumulation_goes_on_from_the_step_before(tmp_path: Path) -> None:
+    settings = {"train": {**SIX_STEPS, "batch_size": 1, "gradient_accumulation": 2}}
+    list(make_trainer(tmp_path / "whole", **settings).run())
+    broken = make_trainer(tmp_path / "parts", **settings)
+    passes = []
+
+    def fail_in_the_middle_of_step_four(*_: object) -> None:
+        passes.append(1)
+        if len(passes) == 8:
+            raise RuntimeError("out of memory")
+
+    handle = broken._unet.register_forward_pre_hook(fail_in_the_middle_of_step_four)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(broken.run())
+    handle.remove()
+    checkpoint = newest(tmp_path / "parts")
+    assert checkpoint.step == 3
+    list(make_trainer(tmp_path / "parts", checkpoint=checkpoint, **settings).run())
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+@dataclass(frozen=True)
+class LoudPrecision(Precision):
+    """fp16 whose first gradients overflow, and whose scale soon grows again."""
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler("cpu", init_scale=2.0**30, backoff_factor=2.0**-12, growth_interval=2)
+
+
+def test_the_gradient_scaler_goes_on_too(tmp_path: Path) -> None:
+    components = components_from_pipeline(tiny_sd1(), weight_dtype=torch.float16)
+    settings: dict[str, Any] = {"components": components, "precision": LoudPrecision("fp16", "cpu"), "train": SIX_STEPS}
+    settings["training_set"] = make_training_set(components_from_pipeline(tiny_sd1()))
+    whole = list(make_trainer(tmp_path / "whole", **settings).run())
+    assert told(whole)[0][-1] == 1  # one step skipped
+    first = run_until(make_trainer(tmp_path / "parts", **settings), 4)
+    second = list(make_trainer(tmp_path / "parts", checkpoint=newest(tmp_path / "parts"), **settings).run())
+    assert told(first) + told(second) == told(whole)
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_a_state_of_another_rank_is_refused_and_the_base_left_clean(tmp_path: Path) -> None:
+    run_until(make_trainer(tmp_path), 1)
+    components = components_from_pipeline(tiny_sd1())
+    with pytest.raises(CheckpointError, match="another rank"):
+        make_trainer(tmp_path, components=components, checkpoint=newest(tmp_path), lora={"rank": 8})
+    assert components.unet.state_dict().keys() == tiny_sd1().unet.state_dict().keys()
+
+
+def test_an_interrupt_in_the_middle_of_an_update_saves_nothing_half_done(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, train={**SIX_STEPS, "save_every": 2})
+
+    def interrupt_third_update(*_: object) -> None:
+        if trainer.state.step == 2:
+            raise KeyboardInterrupt
+
+    trainer._optimizer.register_step_pre_hook(interrupt_third_update)
+    with pytest.raises(KeyboardInterrupt):
+        list(trainer.run())
+    assert newest(tmp_path).step == 2
+    assert not (tmp_path / "ink.safetensors").exists()
+
+
+# Whole runs, in folders.
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "sd1"
+    tiny_sd1().save_pretrained(folder)
+    return folder
+
+
+def run_config(tmp_path: Path, base: Path, name: str = "ink", **sections: dict[str, Any]) -> TrainConfig:
+    data = tmp_path / "data"
+    if not data.exists():
+        write_pictures(data, count=4)
+    return make_config(
+        model={"base": str(base), "precision": "fp32"},
+        data={"path": data, "trigger": "ink style"},
+        output={"dir": tmp_path / name, "name": "ink"},
+        train=SIX_STEPS | sections.pop("train", {}),
+        **sections,
+    )
+
+
+def stop_after(step: int):
+    def observer(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return observer
+
+
+needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="os.kill cannot send SIGINT to itself there")
+
+
+@needs_signals
+def test_a_run_in_a_folder_goes_on_with_one_log(tmp_path: Path, base: Path) -> None:
+    whole = train_adapter(run_config(tmp_path, base, "whole"))
+    parts = train_adapter(run_config(tmp_path, base, "parts"), observers=[stop_after(3)])
+    said: list[str] = []
+    assert resume_run(parts.parent, say=said.append) == parts
+    assert "Going on after step 3." in said
+    assert read_adapter(parts).tensor_sha256 == read_adapter(whole).tensor_sha256
+    logs = [
+        [from_json(line) for line in (path.parent / "events.jsonl").read_text("utf-8").splitlines()]
+        for path in (whole, parts)
+    ]
+    assert told(logs[0]) == told(logs[1])
+    assert [type(event) for event in logs[0]] == [type(event) for event in logs[1]]
+    assert not list((parts.parent / "state").glob(".*"))
+
+
+@needs_signals
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_leaves_at_once_with_what_was_saved_before(tmp_path: Path, base: Path, number: int) -> None:
+    config = run_config(tmp_path, base, train={"save_every": 2})
+
+    def impatient(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 3:
+            os.kill(os.getpid(), number)
+            # The first was taken as a request; the second comes while the run is ending.
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_adapter(config, observers=[impatient])
+    root = tmp_path / "ink" / "ink"
+    assert resume_run(root) == root / "ink.safetensors"
+    whole = train_adapter(run_config(tmp_path, base, "whole"))
+    assert read_adapter(root / "ink.safetensors").tensor_sha256 == read_adapter(whole).tensor_sha256
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path, base: Path) -> None:
+    path = train_adapter(run_config(tmp_path, base))
+    before = path.stat().st_mtime_ns
+    said: list[str] = []
+    assert resume_run(path.parent, say=said.append) == path
+    assert path.stat().st_mtime_ns == before
+    assert "is finished: 6 steps" in said[0]
+
+
+def test_a_folder_without_run_or_state_is_told(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"not the folder of a run: it holds no config\.toml"):
+        resume_run(tmp_path)
+    path = train_adapter(run_config(tmp_path, base))
+    for folder in (path.parent / "state").iterdir():
+        (folder / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match="no saved state"):
+        resume_run(path.parent)
+
+
+@needs_signals
+def test_changes_are_told_and_weighed(tmp_path: Path, base: Path) -> None:
+    root = train_adapter(run_config(tmp_path, base), observers=[stop_after(2)]).parent
+    with pytest.raises(CheckpointError, match=r"train\.learning_rate: 0\.001 -> 0\.01\n.*--allow-change"):
+        resume_run(root, overrides=["train.learning_rate=0.01"])
+    with pytest.raises(CheckpointError, match=r"lora\.rank: 4 -> 8\n.*does not fit"):
+        resume_run(root, overrides=["lora.rank=8"], allow_change=True)
+    (tmp_path / "data" / "1.txt").write_text("something else")
+    (tmp_path / "data" / "2.png").rename(tmp_path / "data" / "5.png")
+    (tmp_path / "data" / "2.txt").rename(tmp_path / "data" / "5.txt")
+    with pytest.raises(CheckpointError, match=r"2\.png is gone\n.*5\.png is new\n.*1\.png: caption 'thing 1' -> 'some"):
+        resume_run(root)
+    path = resume_run(root, overrides=["train.exposures=4", "train.log_every=2"], allow_change=True)
+    assert read_adapter(path).metadata["sdlora.steps"] == "8"
+    assert load_config(root / "config.toml").train.exposures == 4
+    assert "5.png" in json.loads((root / "dataset.json").read_text())
+
+
+@needs_signals
+def test_another_base_is_refused_and_the_same_one_elsewhere_is_not(tmp_path: Path, base: Path) -> None:
+    root = train_adapter(run_config(tmp_path, base), observers=[stop_after(2)]).parent
+    other = tiny_sd1()
+    with torch.no_grad():
+        other.unet.conv_in.weight.add_(1e-3)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="not the base that this run was started on"):
+        resume_run(root, overrides=[f"model.base={tmp_path / 'other'}"])
+    tiny_sd1().save_pretrained(tmp_path / "moved")
+    resume_run(root, overrides=[f"model.base={tmp_path / 'moved'}"])
+    whole = train_adapter(run_config(tmp_path, base, "whole"))
+    assert read_adapter(root / "ink.safetensors").tensor_sha256 == read_adapter(whole).tensor_sha256
+
+
+def test_every_setting_has_its_meaning() -> None:
+    assert set(CHANGE_CLASSES) == set(setting_names())
+
+
+def test_two_processes_do_not_work_in_one_folder(tmp_path: Path, base: Path) -> None:
+    path = train_adapter(run_config(tmp_path, base))
+    code = (
+        "import sys, time, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire();"
+        "print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, path.parent / ".lock"], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    try:
+        with pytest.raises(CheckpointError, match="Another process works in"):
+            resume_run(path.parent)
+    finally:
+        holder.kill()
+        holder.wait()
+    # What died holds nothing.
+    assert resume_run(path.parent) == path
+
+
+def test_too_little_space_is_told_before_the_first_step(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("sdlora.training.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(TrainingError, match=r"needs \d+ MB for what is saved in the run, and 0 MB are free"):
+        train_adapter(run_config(tmp_path, base))
+
+
+def test_a_state_is_saved_between_saves_as_time_goes_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdlora.trainer._STATE_SECONDS", 0.0)
+    trainer = make_trainer(tmp_path, train=SIX_STEPS)
+    seen = [newest(tmp_path).step for event in trainer.run() if isinstance(event, StepDone) and event.step > 1]
+    assert seen == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_fifty_kills_at_any_moment_change_nothing(tmp_path: Path, base: Path) -> None:
+    train = {"exposures": 40, "save_every": 3}
+    whole = train_adapter(run_config(tmp_path, base, "whole", train=train))
+    config = run_config(tmp_path, base, "killed", train=train)
+    root = tmp_path / "killed" / "ink"
+    code = (
+        "import sys; from pathlib import Path; from sdlora.training import *; from sdlora.config import load_config;"
+        "root = Path(sys.argv[1]);"
+        "resume_run(root) if (root / 'state').exists() and list((root / 'state').glob('step-*'))"
+        " else train_adapter(load_config(Path(sys.argv[2])))"
+    )
+    from sdlora.config import to_toml
+
+    (tmp_path / "killed.toml").write_text(to_toml(config))
+    random, kills = torch.Generator().manual_seed(0), 0
+    command = [sys.executable, "-c", code, str(root), str(tmp_path / "killed.toml")]
+    while kills < 50:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        events, before = root / "events.jsonl", 0
+        while process.poll() is None and not (events.exists() and events.stat().st_mtime_ns > before):
+            before = before or (events.stat().st_mtime_ns if events.exists() else 0)
+            time.sleep(0.05)
+        time.sleep(float(torch.rand((), generator=random)) * 0.6)
+        if process.poll() is not None:
+            assert process.returncode == 0, process.stderr.read().decode()
+            break
+        process.kill()
+        process.wait()
+        kills += 1
+    resume_run(root)
+    print(f"{kills} kills")
+    assert kills >= 10
+    assert read_adapter(root / "ink.safetensors").tensor_sha256 == read_adapter(whole).tensor_sha256
