@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from sdlora import __version__
+from sdlora.cli_lora import app as lora_app
 from sdlora.errors import SdloraError
 
 __all__ = ["app", "main"]
@@ -24,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+app.add_typer(lora_app)
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 

@@ -12,12 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sdlora.adapter_file.types import LoraPair
+from sdlora.adapter_file.types import AdapterWeights, LoraPair
 
-__all__ = ["AdapterMetadata", "Family", "build_metadata"]
+__all__ = ["AdapterMetadata", "Family", "build_metadata", "carried_metadata", "family_of"]
 
 Family = Literal["sd1", "sd2", "sdxl"]
 
+_FAMILY_WORDS: tuple[tuple[str, Family], ...] = (
+    ("sdxl", "sdxl"),
+    ("sd_v2", "sd2"),
+    ("sd2", "sd2"),
+    ("sd_v1", "sd1"),
+    ("sd1", "sd1"),
+)
 _STABILITY = "https://github.com/Stability-AI/generative-models"
 
 
@@ -49,6 +56,41 @@ class AdapterMetadata:
         foreign = [key for key in self.own if not re.fullmatch(r"sdlora\.[a-z0-9_.]+", key)]
         if foreign:
             raise ValueError(f"Own metadata keys begin with 'sdlora.' and are lower case, unlike {foreign[0]!r}.")
+
+
+def family_of(weights: AdapterWeights) -> Family | None:
+    """The family that an adapter was made for, by the width of its text embeddings, else by what its header says."""
+    by_width: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+    if (weights.cross_attention_dim or 0) in by_width:
+        return by_width[weights.cross_attention_dim or 0]
+    said = weights.metadata.get("sdlora.family") or weights.metadata.get("ss_base_model_version", "")
+    return next((family for start, family in _FAMILY_WORDS if said.startswith(start)), None)
+
+
+def carried_metadata(metadata: Mapping[str, str], *, title: str) -> AdapterMetadata:
+    """What of a file's header stays true in a file made from it: base, resolution, trigger, author, licence, our keys.
+
+    Texts of foreign files count as far as they have the known form.
+    """
+    own = {
+        key: value
+        for key, value in metadata.items()
+        if re.fullmatch(r"sdlora\.(base|seed|steps|images|config_sha256)", key)
+    }
+    size = re.fullmatch(r"(\d{2,5})x(\d{2,5})", metadata.get("modelspec.resolution", ""))
+    is_v = metadata.get("modelspec.prediction_type") == "v" or metadata.get("ss_base_model_version", "").endswith("_v")
+    return AdapterMetadata(
+        title=title,
+        base_model=metadata.get("sdlora.base_model") or metadata.get("ss_sd_model_name") or "unknown",
+        prediction_type="v_prediction" if is_v else "epsilon",
+        resolution=(int(size[2]), int(size[1])) if size else None,
+        trigger_phrase=metadata.get("modelspec.trigger_phrase"),
+        author=metadata.get("modelspec.author"),
+        description=metadata.get("modelspec.description"),
+        license=metadata.get("modelspec.license"),
+        usage_hint=metadata.get("modelspec.usage_hint"),
+        own=own,
+    )
 
 
 def build_metadata(

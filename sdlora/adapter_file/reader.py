@@ -22,7 +22,7 @@ from sdlora.adapter_file.safety import MAX_ALPHA_PER_RANK, MAX_RANK, Header, rea
 from sdlora.adapter_file.types import PARTS, AdapterWeights, LoraPair, Part
 from sdlora.errors import AdapterFileError
 
-__all__ = ["name_some", "read_adapter"]
+__all__ = ["file_dialects", "name_some", "read_adapter"]
 
 
 def read_adapter(path: str | Path) -> AdapterWeights:
@@ -47,6 +47,20 @@ def read_adapter(path: str | Path) -> AdapterWeights:
         parts[part][module] = _pair(path, part, module, layer, tensors, alphas)
     digest = hashlib.sha256(memoryview(content)[header.size :]).hexdigest()
     return AdapterWeights(**parts, metadata=header.metadata, path=path, tensor_sha256=digest)
+
+
+def file_dialects(path: str | Path) -> tuple[str, ...]:
+    """Which dialects the file's tensor names are in: "kohya", "peft", "diffusers"; most files have one.
+
+    Raises:
+        AdapterFileError: the header is not sound.
+    """
+    path = Path(path)
+    _check_is_file(path)
+    with path.open("rb") as file:
+        names = read_header(file, path).tensors
+    parsed = (parse_tensor_name(name) for name in names)
+    return tuple(sorted({tensor.dialect for tensor in parsed if tensor is not None and tensor.role != "alpha"}))
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """Write an adapter file that every known tool loads unchanged: kohya's keys, alpha equal to the rank, nothing else.
 
+Two other dialects are written on request, for libraries that ask for them; alpha is folded in these too.
+
 The header is laid out here and not by the safetensors library, whose order of metadata differs from call to call: the
 same adapter gives the same bytes.
 """
@@ -11,8 +13,10 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,11 +26,14 @@ from sdlora.adapter_file.fold import fold
 from sdlora.adapter_file.keys import flat_key, text_module_path, to_stability
 from sdlora.adapter_file.metadata import AdapterMetadata, Family, build_metadata
 from sdlora.adapter_file.reader import name_some, read_adapter
-from sdlora.adapter_file.safety import MAX_RANK
+from sdlora.adapter_file.safety import MAX_RANK, read_header
 from sdlora.adapter_file.types import PARTS, LoraPair, Part
 from sdlora.errors import AdapterFileError
 
-__all__ = ["write_adapter"]
+__all__ = ["Dialect", "rewrite_metadata", "write_adapter"]
+
+Dialect = Literal["kohya", "peft", "diffusers"]
+Stored = dict[tuple[Part, str], LoraPair]
 
 _DTYPE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
@@ -40,8 +47,11 @@ def write_adapter(
     text_encoder: Mapping[str, LoraPair] | None = None,
     text_encoder_2: Mapping[str, LoraPair] | None = None,
     dtype: torch.dtype = torch.float16,
+    dialect: Dialect = "kohya",
 ) -> Path:
     """Write the pairs, by diffusers module path, to a .safetensors file; returns its path.
+
+    `dialect` "kohya" loads everywhere; "peft" and "diffusers" (its older one) load in Python libraries only.
 
     alpha / rank is folded into the factors, which are stored as `dtype` (fp16, bf16 or fp32). The file appears whole or
     not at all: it is written beside `path`, synced, read back and compared, then renamed. Its mode follows the umask.
@@ -54,16 +64,52 @@ def write_adapter(
         raise ValueError("Only SDXL has a second text encoder.")
     parts = {"unet": unet, "text_encoder": text_encoder or {}, "text_encoder_2": text_encoder_2 or {}}
     stored = {
-        _kohya_key(part, module, family): _stored_pair(path, module, pair, dtype)
+        (part, module): _stored_pair(path, module, pair, dtype)
         for part in PARTS
         for module, pair in parts[part].items()
     }
     if not stored:
         raise AdapterFileError(path, "there is nothing to write: the adapter has no layers.")
-    texts = build_metadata(metadata, family=family, pairs=stored, version=__version__)
-    content = _serialise(_tensors(stored, dtype), texts)
-    _publish(path, content, stored, family)
+    named = {".".join(key): pair for key, pair in stored.items()}
+    texts = build_metadata(metadata, family=family, pairs=named, version=__version__)
+    content = _serialise(_tensors(stored, dtype, family, dialect), texts)
+    _publish(path, content, partial(_compare, path, stored))
     return path
+
+
+def rewrite_metadata(source: str | Path, target: str | Path, changes: Mapping[str, str | None]) -> Path:
+    """Copies an adapter file with other header texts; None takes a text away. The tensors' bytes stay the same.
+
+    `source` and `target` may be the same file, which is then replaced as a whole. Returns `target`.
+
+    Raises:
+        AdapterFileError: the source is no sound safetensors file, or the disk does not take the target.
+    """
+    source, target = Path(source), Path(target)
+    try:
+        with source.open("rb") as file:
+            header = read_header(file, source)
+            file.seek(header.size)
+            data = file.read()
+    except OSError as error:
+        raise AdapterFileError(source, f"it cannot be read: {error.strerror}.") from error
+    texts = {key: value for key, value in {**header.metadata, **changes}.items() if value is not None}
+    entries = {
+        name: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [info.begin, info.end]}
+        for name, info in header.tensors.items()
+    }
+    _publish(target, _header(entries, texts) + data, lambda _: None)
+    return target
+
+
+def _tensor_names(part: Part, module: str, family: Family, dialect: Dialect) -> tuple[str, str, str | None]:
+    """Of down, up and alpha; None where the dialect has no alpha."""
+    if dialect == "kohya":
+        key = _kohya_key(part, module, family)
+        return f"{key}.lora_down.weight", f"{key}.lora_up.weight", f"{key}.alpha"
+    down, up = ("lora_A", "lora_B") if dialect == "peft" else ("lora.down", "lora.up")
+    key = f"{part}.{module if part == 'unet' else text_module_path(module)}"
+    return f"{key}.{down}.weight", f"{key}.{up}.weight", None
 
 
 def _kohya_key(part: Part, module: str, family: Family) -> str:
@@ -83,16 +129,16 @@ def _stored_pair(path: Path, module: str, pair: LoraPair, dtype: torch.dtype) ->
     return LoraPair(down=down, up=up, alpha=float(pair.rank))
 
 
-def _tensors(stored: Mapping[str, LoraPair], dtype: torch.dtype) -> dict[str, Tensor]:
+def _tensors(stored: Stored, dtype: torch.dtype, family: Family, dialect: Dialect) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for key, pair in stored.items():
-        alpha = torch.tensor(pair.alpha, dtype=dtype)
-        # bfloat16 has no odd integers above 256.
-        tensors[f"{key}.alpha"] = (
-            alpha if alpha.item() == pair.alpha else alpha.new_tensor(pair.alpha, dtype=torch.float32)
-        )
-        tensors[f"{key}.lora_down.weight"] = pair.down
-        tensors[f"{key}.lora_up.weight"] = pair.up
+    for (part, module), pair in stored.items():
+        down, up, alpha_name = _tensor_names(part, module, family, dialect)
+        tensors |= {down: pair.down, up: pair.up}
+        if alpha_name is not None:
+            alpha = torch.tensor(pair.alpha, dtype=dtype)
+            # bfloat16 has no odd integers above 256.
+            exact = alpha.item() == pair.alpha
+            tensors[alpha_name] = alpha if exact else alpha.new_tensor(pair.alpha, dtype=torch.float32)
     return dict(sorted(tensors.items()))
 
 
@@ -120,7 +166,7 @@ def _header(entries: Mapping[str, object], texts: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _publish(path: Path, content: bytes, stored: Mapping[str, LoraPair], family: Family) -> None:
+def _publish(path: Path, content: bytes, check: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         # The kernel applies the umask to the mode asked for here.
@@ -130,7 +176,7 @@ def _publish(path: Path, content: bytes, stored: Mapping[str, LoraPair], family:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            _compare(path, temporary, stored, family)
+            check(temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -150,10 +196,13 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _compare(path: Path, temporary: Path, stored: Mapping[str, LoraPair], family: Family) -> None:
-    """Read the file as a stranger would and compare every key, factor and scale with what was meant."""
-    read = {_kohya_key(part, module, family): pair for part, module, pair in read_adapter(temporary).pairs()}
-    differing = [key for key in stored.keys() | read.keys() if not _same(stored.get(key), read.get(key))]
+def _compare(path: Path, stored: Stored, temporary: Path) -> None:
+    """Read the file as a stranger would and compare every layer, factor and scale with what was meant."""
+    meant = {
+        (part, module if part == "unet" else text_module_path(module)): pair for (part, module), pair in stored.items()
+    }
+    read = {(part, module): pair for part, module, pair in read_adapter(temporary).pairs()}
+    differing = [".".join(key) for key in meant.keys() | read.keys() if not _same(meant.get(key), read.get(key))]
     if differing:
         raise AdapterFileError(
             path, f"not written: the disk gave back other numbers for {name_some(sorted(differing))}."

@@ -1,0 +1,142 @@
+"""What an adapter file is, how strong it is where, and what each tool will make of it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdlora.adapter_file import AdapterWeights, LoraPair, family_of, file_dialects, read_adapter
+from sdlora.adapter_tools.arithmetic import core_svd, energy_rank
+from sdlora.adapter_tools.hashes import FileHashes, file_hashes
+
+__all__ = ["AdapterReport", "BlockNorm", "ToolVerdict", "inspect_adapter"]
+
+_BLOCK = re.compile(r"(down_blocks|up_blocks)\.\d+|mid_block|text_model\.encoder\.layers\.\d+")
+_KIND = re.compile(r"(attn1|attn2|ff|proj_in|proj_out|self_attn|mlp|resnets|conv|time_emb)")
+
+
+@dataclass(frozen=True)
+class BlockNorm:
+    """How strongly a block is changed."""
+
+    block: str
+    layers: int
+    norm: float
+    """Frobenius norm of all its changes together, alpha / rank included."""
+    rank_used: float
+    """Mean over its layers: share of the rank that holds 99 % of the change's energy."""
+
+
+@dataclass(frozen=True)
+class ToolVerdict:
+    """What a tool does with the file: `loads` "yes", "wrong strength", "nothing" or "refuses"; why, if not yes."""
+
+    tool: str
+    loads: str
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """Everything `sdlora lora inspect` tells of one file."""
+
+    path: Path
+    family: str | None
+    """"sd1", "sd2", "sdxl", or None where nothing tells."""
+    dialects: tuple[str, ...]
+    dtype: str
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    parts: Mapping[str, int]
+    """Layers by part."""
+    targets: Mapping[str, int]
+    """Layers by kind: attn1, attn2, ff, ..."""
+    size_bytes: int
+    hashes: FileHashes
+    blocks: tuple[BlockNorm, ...]
+    trigger: str | None
+    metadata: Mapping[str, str]
+    tools: tuple[ToolVerdict, ...]
+
+
+def inspect_adapter(path: Path) -> AdapterReport:
+    """Read a file strictly and describe it.
+
+    Raises:
+        AdapterFileError: it is no sound LoRA file; the message says why.
+    """
+    weights, dialects = read_adapter(path), file_dialects(path)
+    pairs = [pair for _, _, pair in weights.pairs()]
+    return AdapterReport(
+        path=path,
+        family=family_of(weights),
+        dialects=dialects,
+        dtype=", ".join(sorted({str(pair.down.dtype).removeprefix("torch.") for pair in pairs})),
+        ranks=tuple(sorted({pair.rank for pair in pairs})),
+        alphas=tuple(sorted({pair.alpha for pair in pairs})),
+        parts=dict(Counter(str(part) for part, _, _ in weights.pairs())),
+        targets=dict(sorted(Counter(_kind(path) for _, path, _ in weights.pairs()).items())),
+        size_bytes=path.stat().st_size,
+        hashes=file_hashes(path),
+        blocks=_blocks(weights),
+        trigger=weights.metadata.get("modelspec.trigger_phrase"),
+        metadata=weights.metadata,
+        tools=_verdicts(weights, dialects),
+    )
+
+
+def _kind(path: str) -> str:
+    match = _KIND.search(path)
+    return match[1] if match else path.rsplit(".", 1)[-1]
+
+
+def _blocks(weights: AdapterWeights) -> tuple[BlockNorm, ...]:
+    spectra = defaultdict(list)
+    for part, path, pair in weights.pairs():
+        match = _BLOCK.match(path)
+        spectra[f"{part}.{match[0] if match else path.split('.', 1)[0]}"].append(core_svd(pair)[1])
+    return tuple(
+        BlockNorm(
+            block=block,
+            layers=len(values),
+            norm=float(sum(float(v.square().sum()) for v in values) ** 0.5),
+            rank_used=sum(energy_rank(v, 0.99) / len(v) for v in values) / len(values),
+        )
+        for block, values in sorted(spectra.items())
+    )
+
+
+def _verdicts(weights: AdapterWeights, dialects: tuple[str, ...]) -> tuple[ToolVerdict, ...]:
+    """By the loading experiment that docs/FORMATS.md tells."""
+    pairs = [pair for _, _, pair in weights.pairs()]
+    is_kohya = dialects == ("kohya",)
+    reasons = {
+        "diffusers": _diffusers(weights, dialects, pairs),
+        "ComfyUI": ("yes", "") if is_kohya else ("nothing", "it knows kohya's key names only; the rest is skipped"),
+        "A1111 / Forge": ("yes", "") if is_kohya else ("nothing", "the keys are skipped without a word"),
+        "kohya sd-scripts": ("yes", "") if is_kohya else ("nothing", "it looks for lora_down names only"),
+        "InvokeAI": _invoke(weights, is_kohya),
+    }
+    return tuple(ToolVerdict(tool, loads, why) for tool, (loads, why) in reasons.items())
+
+
+def _diffusers(weights: AdapterWeights, dialects: tuple[str, ...], pairs: list[LoraPair]) -> tuple[str, str]:
+    scales = {round(pair.scale, 6) for pair in pairs}
+    if dialects == ("kohya",) and "lora_adapter_metadata" in weights.metadata:
+        return "refuses", "alpha tensors and lora_adapter_metadata exclude each other there"
+    if dialects == ("kohya",) and len({pair.alpha for pair in pairs}) > 1 and scales != {1.0}:
+        return "wrong strength", "alphas that differ from layer to layer are lost on attention layers"
+    if dialects == ("diffusers",) and scales != {1.0}:
+        return "wrong strength", "the older dialect's alpha is not read"
+    return "yes", ""
+
+
+def _invoke(weights: AdapterWeights, is_kohya: bool) -> tuple[str, str]:
+    if not is_kohya:
+        return "refuses", "it recognises single files by kohya's key names"
+    if weights.cross_attention_dim is None:
+        return "refuses", "it tells the base model by attn2's keys or values, which this file does not change"
+    return "yes", ""

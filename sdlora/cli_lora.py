@@ -1,0 +1,191 @@
+"""`sdlora lora ...`: tools on adapter files. None of them changes the files it is given, unless told to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sdlora.errors import AdapterError, AdapterFileError
+
+__all__ = ["app"]
+
+app = typer.Typer(name="lora", help="Look into adapter files, merge, shrink, convert them.", no_args_is_help=True)
+out = Console(highlight=False, soft_wrap=True)
+
+File = Annotated[Path, typer.Argument(help="A .safetensors file. It is only read.")]
+Target = Annotated[Path, typer.Argument(help="The file to write.")]
+Rank = Annotated[int | None, typer.Option("--rank", min=1, help="The most that a layer keeps.")]
+Energy = Annotated[
+    float | None, typer.Option("--energy", min=0.0, max=1.0, help="Share of the change to keep, 0 to 1.")
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="fp16, bf16 or fp32.")]
+Weighted = Annotated[list[str], typer.Argument(help="FILE or FILE:WEIGHT, as many as wanted.")]
+
+
+def _say(message: str) -> None:
+    out.print(message, markup=False)
+
+
+def _dtype(name: str):  # type: ignore[no-untyped-def]
+    import torch
+
+    known = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    if name not in known:
+        raise AdapterError(f"--dtype {name}: fp16, bf16 or fp32.")
+    return known[name]
+
+
+def _weighted(items: list[str]) -> list[tuple[Path, float]]:
+    from sdlora.prompts import find_adapter, parse_adapter_argument
+
+    choices = [parse_adapter_argument(item) for item in items]
+    return [(find_adapter(choice.source, [Path()]), choice.weight) for choice in choices]
+
+
+@app.command()
+def inspect(
+    paths: Annotated[list[Path], typer.Argument(help="Files, or folders of files.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for scripts.")] = False,
+) -> None:
+    """What a file is, how strong it is where, and which tools will load it. Exit code 5 if one is not sound."""
+    from sdlora.lora_workflows import inspect_all
+
+    refused = []
+    for report in inspect_all(paths):
+        if isinstance(report, AdapterFileError):
+            refused.append(report)
+            _say(json.dumps({"path": str(report.path), "error": report.reason}) if as_json else f"\n{report}")
+        elif as_json:
+            values = dataclasses.asdict(report)
+            _say(json.dumps(values | {"hashes": {**values["hashes"]}}, default=str, ensure_ascii=False))
+        else:
+            _print_report(report)
+    if refused:
+        raise typer.Exit(refused[0].exit_code)
+
+
+def _print_report(report) -> None:  # type: ignore[no-untyped-def]
+    ranks = ", ".join(map(str, report.ranks))
+    alphas = ", ".join(f"{alpha:g}" for alpha in report.alphas)
+    _say(f"\n{report.path}  ({report.size_bytes / 1024:.0f} kB)")
+    _say(f"  for {report.family or 'an unknown base'}, {'/'.join(report.dialects)} keys, {report.dtype}")
+    _say(f"  rank {ranks}, alpha {alphas}; layers: {', '.join(f'{n} {kind}' for kind, n in report.targets.items())}")
+    if report.trigger:
+        _say(f"  trigger: {report.trigger}")
+    _say(f"  hashes: AutoV1 {report.hashes.auto_v1}  AutoV2 {report.hashes.auto_v2}  AutoV3 {report.hashes.auto_v3}")
+    table = Table("block", "layers", "strength", "rank used", box=None, pad_edge=False)
+    for block in report.blocks:
+        table.add_row(block.block, str(block.layers), f"{block.norm:.3g}", f"{block.rank_used:.0%}")
+    out.print(table)
+    for tool in report.tools:
+        _say(f"  {tool.tool}: {tool.loads}{f' ({tool.why})' if tool.why else ''}")
+
+
+@app.command()
+def convert(
+    source: File,
+    target: Target,
+    form: Annotated[str, typer.Option("--format", help="kohya (loads everywhere), peft or diffusers.")] = "kohya",
+    dtype: Dtype = "fp16",
+) -> None:
+    """The same adapter in another dialect; its strength stays exactly what it was."""
+    from sdlora.lora_workflows import convert as run
+
+    if form not in ("kohya", "peft", "diffusers"):
+        raise AdapterError(f"--format {form}: kohya, peft or diffusers.")
+    _say(str(run(source, target, dialect=form, dtype=_dtype(dtype))))  # type: ignore[arg-type]
+
+
+@app.command()
+def resize(source: File, target: Target, rank: Rank = None, energy: Energy = None, dtype: Dtype = "fp16") -> None:
+    """A smaller file of lower rank, as near as can be; says what was lost."""
+    from sdlora.lora_workflows import resize as run
+
+    _say(str(run(source, target, rank=rank, energy=energy, dtype=_dtype(dtype), say=_say)))
+
+
+@app.command()
+def merge(target: Target, adapters: Weighted, rank: Rank = None, energy: Energy = None, dtype: Dtype = "fp16") -> None:
+    """Several adapters as one ordinary file that does what they do together at their weights."""
+    from sdlora.lora_workflows import merge as run
+
+    _say(str(run(_weighted(adapters), target, rank=rank, energy=energy, dtype=_dtype(dtype), say=_say)))
+
+
+@app.command()
+def diff(left: File, right: File) -> None:
+    """How far two adapters are apart, layer by layer. Exit code 1 if they differ by more than rounding."""
+    from sdlora.lora_workflows import compare
+
+    gaps = compare(left, right)
+    for name, gap in sorted(gaps.items(), key=lambda item: -item[1])[:20]:
+        if gap > 0:
+            _say(f"{gap:8.2%}  {name}")
+    worst = max(gaps.values())
+    _say(f"{len(gaps)} layers, largest difference {worst:.2%}")
+    raise typer.Exit(int(worst > 2e-3))
+
+
+@app.command()
+def metadata(
+    file: File,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="key=value, as often as needed.")] = None,
+    remove: Annotated[list[str] | None, typer.Option("--remove", help="A key to take away.")] = None,
+    strip: Annotated[bool, typer.Option("--strip", help="Take away all that no loader needs.")] = False,
+    target: Annotated[Path | None, typer.Option("--out", help="Where to; without it FILE itself is rewritten.")] = None,
+) -> None:
+    """Show the header's texts, or write them anew. The tensors and their hash stay the same."""
+    from sdlora.adapter_file import read_adapter
+    from sdlora.lora_workflows import edit_metadata
+
+    pairs = [item.partition("=") for item in changes or []]
+    if any(not separator for _, separator, _ in pairs):
+        raise AdapterError("--set takes key=value.")
+    edits: dict[str, str | None] = {key: value for key, _, value in pairs} | dict.fromkeys(remove or [])
+    if edits or strip:
+        _say(str(edit_metadata(file, target or file, changes=edits, strip=strip)))
+        return
+    for key, value in sorted(read_adapter(file).metadata.items()):
+        _say(f"{key} = {value if len(value) <= 200 else value[:197] + '...'}")
+
+
+@app.command()
+def extract(
+    tuned: Annotated[str, typer.Argument(help="The fine-tuned model: a diffusers folder or Hub id.")],
+    base: Annotated[str, typer.Argument(help="What it was tuned from.")],
+    target: Target,
+    rank: Annotated[int, typer.Option("--rank", min=1)] = 32,
+    targets: Annotated[str, typer.Option("--targets", help="cross-attention, attention, attention+ff.")] = "attention",
+) -> None:
+    """An adapter of what a fine-tuned model has that its base has not."""
+    from sdlora.lora_workflows import extract as run
+
+    _say(str(run(tuned, base, target, rank=rank, targets=targets, say=_say)))
+
+
+@app.command()
+def bake(
+    target: Annotated[Path, typer.Argument(help="The diffusers folder to write.")],
+    adapters: Weighted,
+    base: Annotated[str, typer.Option("--base", help="Folder, Hub id, or `tiny` (built in).")],
+) -> None:
+    """The base model with adapters merged in, as a model of its own."""
+    from sdlora.lora_workflows import bake as run
+
+    run(_weighted(adapters), base, target, say=_say)
+
+
+@app.command()
+def verify(file: File, base: Annotated[str, typer.Option("--base", help="Folder, Hub id, or `tiny`.")]) -> None:
+    """Does diffusers make the same of this file as we do? Exit code 1 if not."""
+    from sdlora.lora_workflows import verify as run
+
+    gap = run(file, base, say=_say)
+    _say("The same." if gap < 1e-4 else "Not the same: diffusers reads this file differently.")
+    raise typer.Exit(int(gap >= 1e-4))
