@@ -62,7 +62,8 @@ class ModelConfig(_Section):
     """The model that is trained on, and how it computes."""
 
     base: str = Field(default=DEFAULT_BASE, min_length=1)
-    """The base model: a diffusers folder, a Hugging Face id, or `tiny` for the small model inside this package."""
+    """The base model: a `.safetensors` checkpoint, a diffusers folder, a Hugging Face id, or `tiny` for the small model
+    inside this package."""
 
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """Number format of the computation. `auto`: fp16 on CUDA, bf16 on CPUs that have it, else fp32. The LoRA's own

@@ -24,6 +24,7 @@ from sdlora.errors import ModelError
 from sdlora.families.base import Components, ModelFamily
 from sdlora.families.sd import SD1, SD2
 from sdlora.families.sdxl import SDXL
+from sdlora.families.single_file import open_checkpoint
 
 __all__ = ["components_from_pipeline", "detect_family", "load_components", "load_pipeline", "resolve_base"]
 
@@ -51,7 +52,8 @@ _ETAG_TIMEOUT_S = 5.0
 
 
 def resolve_base(base: str | None = None) -> str:
-    """The folder of a base model: of `tiny`, of a diffusers folder, or of a Hub id (from the cache, else downloaded).
+    """Where a base model lies: the folder of `tiny`, a diffusers folder, a `.safetensors` checkpoint, or the folder of
+    a Hub id (from the cache, else downloaded).
 
     None is the default base. HF_HUB_OFFLINE=1 keeps it off the network.
 
@@ -68,14 +70,14 @@ def resolve_base(base: str | None = None) -> str:
         _check_folder(folder)
         return str(folder)
     if folder.is_file():
-        raise ModelError(f"{base} is a single file. Give a folder in diffusers' layout, with model_index.json in it.")
+        return str(folder)
     if base in _MOVED:
         logger.info("%s has moved: using %s, the same weights.", base, _MOVED[base])
         base = _MOVED[base]
     if base.count("/") != 1 or base.startswith((".", "~", "/")) or "\\" in base:
         raise ModelError(
-            f"There is no folder {base}. Give a diffusers folder or a Hugging Face id (owner/name); "
-            "`--base tiny` works now."
+            f"There is no file or folder {base}. Give a checkpoint, a diffusers folder or a Hugging Face id "
+            "(owner/name); `--base tiny` works now."
         )
     return str(_cached(base) or _downloaded(base))
 
@@ -113,9 +115,8 @@ def load_components(source: str, *, weight_dtype: torch.dtype, device: torch.dev
     source = resolve_base(source)
     text_dtype = torch.float32 if torch.device(device).type == "cpu" else weight_dtype
     parts = _load_parts(source, unet_dtype=weight_dtype, vae_dtype=torch.float32, text_dtype=text_dtype, device=device)
-    scheduler = _quietly(lambda: DDPMScheduler.from_pretrained(source, subfolder="scheduler", local_files_only=True))
-    index = _read_json(Path(source) / "model_index.json")
-    return _components(parts, scheduler, source, bool(index.get("force_zeros_for_empty_prompt", False)))
+    scheduler = _quietly(lambda: DDPMScheduler.from_config(parts["scheduler"].config))
+    return _components(parts, scheduler, source, parts["zeros_for_empty_prompt"])
 
 
 def load_pipeline(source: str, *, weight_dtype: torch.dtype, device: torch.device | str) -> Any:
@@ -126,15 +127,13 @@ def load_pipeline(source: str, *, weight_dtype: torch.dtype, device: torch.devic
     """
     parts = _load_parts(source, unet_dtype=weight_dtype, vae_dtype=weight_dtype, text_dtype=weight_dtype, device=device)
     family: ModelFamily = parts["family"]
-    index = _read_json(Path(source) / "model_index.json")
-    scheduler = _scheduler_class(index, source).from_pretrained(source, subfolder="scheduler", local_files_only=True)
     options = dict(family.pipeline_options)
-    if "force_zeros_for_empty_prompt" in index:
-        options["force_zeros_for_empty_prompt"] = bool(index["force_zeros_for_empty_prompt"])
+    if len(family.text_encoder_classes) > 1:
+        options["force_zeros_for_empty_prompt"] = parts["zeros_for_empty_prompt"]
     pipeline = family.pipeline_class(
         unet=parts["unet"],
         vae=parts["vae"],
-        scheduler=scheduler,
+        scheduler=parts["scheduler"],
         **_numbered("tokenizer", parts["tokenizers"]),
         **_numbered("text_encoder", parts["text_encoders"]),
         **options,
@@ -251,7 +250,10 @@ def _load_parts(
     device: torch.device | str,
 ) -> dict[str, Any]:
     folder = Path(source)
+    if folder.is_file():
+        return _parts_of_file(folder, unet_dtype, vae_dtype, text_dtype, device)
     _check_folder(folder)
+    index = _read_json(folder / "model_index.json")
     family = detect_family(_read_json(folder / "unet" / "config.json"), source=source)
 
     def load(cls: Any, part: str, dtype: torch.dtype) -> Any:
@@ -272,9 +274,39 @@ def _load_parts(
                 for n, _ in numbered
             ),
             "text_encoders": tuple(load(cls, f"text_encoder{n}", text_dtype) for n, cls in numbered),
+            "scheduler": _scheduler_class(index, source).from_pretrained(
+                source, subfolder="scheduler", local_files_only=True
+            ),
+            "zeros_for_empty_prompt": bool(index.get("force_zeros_for_empty_prompt", False)),
         }
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"The model in {source} cannot be read: {str(error).strip().splitlines()[0]}") from error
+
+
+def _parts_of_file(
+    path: Path,
+    unet_dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+    text_dtype: torch.dtype,
+    device: torch.device | str,
+) -> dict[str, Any]:
+    checkpoint = open_checkpoint(path)
+    unet = checkpoint.unet()
+
+    def placed(module: Any, dtype: torch.dtype) -> Any:
+        # Not diffusers' own `to`, which warns of layers to be kept in fp32 that are none here.
+        return torch.nn.Module.to(module, device=device, dtype=dtype).requires_grad_(False).eval()
+
+    return {
+        "family": detect_family(unet.config, source=str(path)),
+        "scheduler": checkpoint.scheduler(unet),
+        "unet": placed(unet, unet_dtype),
+        "vae": placed(checkpoint.vae(), vae_dtype),
+        "tokenizers": checkpoint.tokenizers(),
+        "text_encoders": tuple(placed(encoder, text_dtype) for encoder in checkpoint.text_encoders()),
+        # Stability's own SDXL pipeline stands zeros for an empty prompt.
+        "zeros_for_empty_prompt": checkpoint.family == "sdxl",
+    }
 
 
 def _components(parts: Mapping[str, Any], scheduler: Any, source: str, zeros_for_empty_prompt: bool) -> Components:
