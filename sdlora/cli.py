@@ -19,7 +19,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="sdlora",
-    help="Train style LoRAs for Stable Diffusion, stack them, draw with them, share them.",
+    help="Train style LoRAs for Stable Diffusion, stack, draw with, share them.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -31,6 +31,12 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 DataFolder = Annotated[Path, typer.Argument(help="Folder with images and captions. It is only read.")]
 Trigger = Annotated[str | None, typer.Option("--trigger", help='Phrase that calls the style, e.g. "blob emoji style".')]
+
+Base = Annotated[str | None, typer.Option("--base", help="Checkpoint, folder, Hub id, or `tiny` (built in).")]
+Steps = Annotated[int | None, typer.Option("--steps")]
+Guidance = Annotated[float | None, typer.Option("--guidance", help="How strictly the prompt is followed.")]
+DrawPrecision = Annotated[str, typer.Option("--precision", help="auto, fp16, bf16, fp32.")]
+LoraDir = Annotated[Path, typer.Option("--lora-dir", help="Where <lora:name> is looked for.")]
 
 
 def _say(message: str) -> None:
@@ -61,7 +67,7 @@ def demo(
     out_dir: Annotated[Path, typer.Option("--out", help="Where the pictures and adapters go.")] = Path("outputs/demo"),
     exposures: Annotated[int | None, typer.Option(help="How often each image is seen in training.", min=1)] = None,
 ) -> None:
-    """Train two styles on the small built-in model, stack them, and draw the sheet that shows it."""
+    """Train two styles on the small built-in model; see them, stacked."""
     from sdlora.demo import run_demo
 
     run_demo(out_dir, say=_say, exposures=exposures)
@@ -69,7 +75,7 @@ def demo(
 
 @app.command()
 def check(data: DataFolder, trigger: Trigger = None) -> None:
-    """Look through a dataset: what was found, and every problem with its remedy. Needs no model."""
+    """Look through a dataset: what was found, every problem, each remedy."""
     from sdlora.data.dataset import compose_caption, scan_dataset
 
     dataset = scan_dataset(data, trigger=trigger)
@@ -89,7 +95,9 @@ def train(
     trigger: Trigger = None,
     base: Annotated[
         str | None,
-        typer.Option("--base", "--pretrained_model_name_or_path", help="Folder, Hub id, or `tiny` (built in)."),
+        typer.Option(
+            "--base", "--pretrained_model_name_or_path", help="Checkpoint, folder, Hub id, or `tiny` (built in)."
+        ),
     ] = None,
     config: Annotated[Path | None, typer.Option("--config", help="TOML file; see docs/CONFIG.md.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="section.name=value, as often as needed.")] = None,
@@ -168,32 +176,36 @@ def _toml_value(value: object) -> str:
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help='What to draw; "<lora:name:0.8>" in it works too.')],
+    prompt: Annotated[str | None, typer.Argument(help='What to draw; "<lora:name:0.8>" and {this|that} work.')] = None,
     lora: Annotated[list[str] | None, typer.Option("--lora", help="FILE or FILE:WEIGHT, as often as wanted.")] = None,
-    base: Annotated[str | None, typer.Option("--base", help="Folder, Hub id, or `tiny` (built in).")] = None,
-    num_images: Annotated[int, typer.Option("-n", "--num-images")] = 1,
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="File with a prompt a line; - reads standard input.")
+    ] = None,
+    base: Base = None,
+    num_images: Annotated[int, typer.Option("-n", "--num-images", help="For each prompt.")] = 1,
     seed: Annotated[int, typer.Option("--seed", help="The first picture's; the next ones count up.")] = 0,
-    steps: Annotated[int | None, typer.Option("--steps")] = None,
-    guidance: Annotated[float | None, typer.Option("--guidance", help="How strictly the prompt is followed.")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
     negative: Annotated[str, typer.Option("--negative", help="What to keep out.")] = "",
     height: Annotated[int | None, typer.Option("--height")] = None,
     width: Annotated[int | None, typer.Option("--width")] = None,
     scheduler: Annotated[
         str | None, typer.Option("--scheduler", help="ddim, euler, euler-a, dpm++2m, unipc ...")
     ] = None,
-    precision: Annotated[str, typer.Option("--precision", help="auto, fp16, bf16, fp32.")] = "auto",
+    precision: DrawPrecision = "auto",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Pictures computed at once.")] = 1,
-    lora_dir: Annotated[Path, typer.Option("--lora-dir", help="Where <lora:name> is looked for.")] = Path("outputs"),
+    lora_dir: LoraDir = Path("outputs"),
+    wildcards: Annotated[Path, typer.Option("--wildcards", help="Where __name__ finds NAME.txt.")] = Path("wildcards"),
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("outputs/pictures"),
 ) -> None:
     """Draw pictures, with any number of LoRAs at their weights."""
+    from sdlora.errors import GenerationError
     from sdlora.prompts import find_adapter, parse_adapter_argument, split_adapter_tags
     from sdlora.request import GenerationRequest
+    from sdlora.wildcards import expand_prompt
 
-    text, tagged = split_adapter_tags(prompt)
-    choices = [*(parse_adapter_argument(item) for item in lora or []), *tagged]
     request = GenerationRequest(
-        prompt=text,
+        prompt="",
         negative_prompt=negative,
         num_images=num_images,
         seed=seed,
@@ -205,12 +217,111 @@ def generate(
         batch_size=batch_size,
     )
     request.check()
-    files = [(find_adapter(choice.source, [Path(), lora_dir]), choice.weight) for choice in choices]
+    always = [parse_adapter_argument(item) for item in lora or []]
+    found: list[tuple[str, list[tuple[Path, float]]]] = []
+    texts, failed = _prompt_lines(prompt, prompts), 0
+    for number, line in enumerate(texts):
+        try:
+            text, tagged = split_adapter_tags(expand_prompt(line, seed=seed, number=number, folder=wildcards))
+            places = [Path(), lora_dir]
+            found.append((text, [(find_adapter(c.source, places), c.weight) for c in (*always, *tagged)]))
+        except GenerationError as error:
+            if len(texts) == 1:
+                raise
+            failed += 1
+            _warn(f"left out: prompt {number + 1}, {line[:60]!r}: {error}")
+    if found:
+        from sdlora.workflows import PromptJob, generate_files
 
-    from sdlora.workflows import generate_files
+        jobs = [PromptJob(text, tuple(adapters)) for text, adapters in found]
+        for made in generate_files(jobs, request, base=base, precision=precision, out_dir=out_dir, warn=_warn):
+            if isinstance(made, GenerationError):
+                failed += 1
+                _warn(f"left out: {made}")
+            else:
+                _say(str(made))
+    if failed:
+        raise typer.Exit(GenerationError.exit_code)
 
-    for path in generate_files(request, files, base=base, precision=precision, out_dir=out_dir, warn=_warn):
-        _say(str(path))
+
+def _prompt_lines(prompt: str | None, file: str | None) -> list[str]:
+    from sdlora.errors import GenerationError
+    from sdlora.wildcards import read_prompts
+
+    if (prompt is None) == (file is None):
+        raise GenerationError("Give a prompt, or a file of prompts with --prompts FILE, and not both.")
+    if prompt is not None:
+        return [prompt]
+    if file == "-":
+        return read_prompts(sys.stdin.read())
+    try:
+        return read_prompts(Path(str(file)).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GenerationError(f"{file}: cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise GenerationError(f"{file} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+
+
+@app.command()
+def again(
+    picture: Annotated[Path, typer.Argument(help="A PNG drawn by sdlora.")],
+    base: Base = None,
+    lora_dir: Annotated[
+        list[Path] | None, typer.Option("--lora-dir", help="Where its LoRAs may be now; as often as needed.")
+    ] = None,
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the picture.")] = Path("outputs/again"),
+) -> None:
+    """Draw a picture again from the recipe inside it."""
+    from sdlora.picture_file import read_recipe
+
+    read_recipe(picture)
+    from sdlora.workflows import draw_again
+
+    folders = lora_dir or [Path("outputs"), picture.resolve().parent]
+    _say(str(draw_again(picture, base=base, folders=folders, out_dir=out_dir, say=_say, warn=_warn)))
+
+
+@app.command()
+def compare(
+    adapters: Annotated[list[Path], typer.Argument(help="LoRA files; a run's folder stands for all it saved.")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="As often as needed.")] = None,
+    weights: Annotated[str, typer.Option("--weights", help="E.g. 0.5,0.8,1.")] = "1",
+    seeds: Annotated[str, typer.Option("--seeds", help="E.g. 1,2,3.")] = "0",
+    base: Base = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    precision: DrawPrecision = "auto",
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Pictures computed at once.")] = 4,
+    path: Annotated[Path, typer.Option("--out", help="The sheet to write.")] = Path("outputs/compare.png"),
+) -> None:
+    """One sheet of LoRAs (or a run's saves) by weights, prompts and seeds."""
+    from sdlora.errors import GenerationError
+    from sdlora.request import GenerationRequest
+
+    try:
+        numbers = [float(text) for text in weights.split(",")]
+        wanted = [int(text) for text in seeds.split(",")]
+    except ValueError as error:
+        raise GenerationError(f"--weights and --seeds take numbers with commas between ({error}).") from error
+    request = GenerationRequest(
+        prompt="", num_inference_steps=steps, guidance_scale=guidance, batch_size=batch_size, seed=min(wanted)
+    )
+    request.check()
+    from sdlora.workflows import compare_adapters, compared
+
+    sheet = compare_adapters(
+        compared(adapters),
+        prompts=prompt or [],
+        weights=numbers,
+        seeds=wanted,
+        request=request,
+        base=base,
+        precision=precision,
+        path=path,
+        say=_say,
+        warn=_warn,
+    )
+    _say(str(sheet))
 
 
 def main() -> None:

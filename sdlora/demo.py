@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from sdlora import embedded
 from sdlora.config import load_config
@@ -26,6 +26,7 @@ from sdlora.fidelity import style_gap_closed
 from sdlora.generation import Generator
 from sdlora.progress import terminal_progress
 from sdlora.request import GenerationRequest
+from sdlora.sheet import write_sheet
 from sdlora.training import train_adapter
 
 __all__ = ["DemoStyle", "StyleResult", "find_datasets", "run_demo"]
@@ -183,21 +184,6 @@ def sheet_columns(
 def _sheet_subjects(subjects: Sequence[str]) -> list[str]:
     every = max(1, len(subjects) // SHEET_PROMPTS)
     return list(subjects[::every][:SHEET_PROMPTS])
-
-
-def write_sheet(columns: dict[str, list[Image.Image]], subjects: Sequence[str], path: Path) -> None:
-    """A labelled grid: a row a subject, a column a heading."""
-    side, label, head = next(iter(columns.values()))[0].width, 110, 28
-    sheet = Image.new("RGB", (label + side * len(columns), head + side * len(subjects)), "white")
-    pen = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(14)
-    for column, (heading, pictures) in enumerate(columns.items()):
-        pen.text((label + column * side + side // 2, head // 2), heading, "black", font=font, anchor="mm")
-        for row, picture in enumerate(pictures):
-            sheet.paste(picture, (label + column * side, head + row * side))
-    for row, subject in enumerate(subjects):
-        pen.text((label - 8, head + row * side + side // 2), subject, "black", font=font, anchor="rm")
-    sheet.save(path)
 
 
 _PAGE = """<!doctype html>

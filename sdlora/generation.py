@@ -158,8 +158,8 @@ class Generator:
             height=height,
             width=width,
             scheduler=request.scheduler or type(scheduler).__name__,
-            # A local folder is told by its name alone: a picture must not carry the paths of its maker's machine.
-            base=Path(self.base).name if Path(self.base).is_dir() else self.base,
+            # Of a local folder or file only the name: a picture must not carry the paths of its maker's machine.
+            base=Path(self.base).name if Path(self.base).exists() else self.base,
             precision=str(self.pipeline.unet.dtype).removeprefix("torch."),
             adapters=tuple(
                 AdapterRecord(name, weight, self.stack.file_name(name), self.stack.tensor_hash(name))

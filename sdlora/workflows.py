@@ -2,69 +2,216 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
+from PIL import Image
+
 from sdlora import embedded
 from sdlora.adapter_file import read_adapter
-from sdlora.config import DEFAULT_BASE, TrainConfig
+from sdlora.adapter_tools import find_by_tensor_hash
+from sdlora.config import DEFAULT_BASE, TrainConfig, load_config
+from sdlora.data.captions import compose_caption
 from sdlora.data.dataset import ImageDataset
+from sdlora.errors import GenerationError
 from sdlora.generation import Generator
-from sdlora.picture_file import save_picture
+from sdlora.picture_file import Recipe, read_recipe, save_picture
 from sdlora.progress import terminal_progress
-from sdlora.request import GenerationRequest
+from sdlora.request import SCHEDULERS, GenerationRequest
+from sdlora.run_dir import RunDir
+from sdlora.sheet import write_sheet
 from sdlora.training import resume_run, train_adapter
 
-__all__ = ["generate_files", "resume_with_progress", "train_with_progress"]
+__all__ = [
+    "ComparedAdapters",
+    "PromptJob",
+    "compare_adapters",
+    "compared",
+    "draw_again",
+    "generate_files",
+    "resume_with_progress",
+    "train_with_progress",
+]
+
+Say = Callable[[str], None]
+_PRECISIONS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+_RUN_PROMPTS = 4
+
+
+@dataclass(frozen=True)
+class PromptJob:
+    """A prompt without its tags, and the files and weights of the adapters it is drawn with."""
+
+    prompt: str
+    adapters: tuple[tuple[Path, float], ...]
 
 
 def generate_files(
+    jobs: Sequence[PromptJob],
     request: GenerationRequest,
-    adapters: Sequence[tuple[Path, float]],
     *,
     base: str | None,
     precision: str,
     out_dir: Path,
-    warn: Callable[[str], None],
-) -> Iterator[Path]:
+    warn: Say,
+) -> Iterator[Path | GenerationError]:
     """Draw the pictures and yield each file's path as it is written. Nothing existing is overwritten.
 
-    `adapters` are files and their weights. Base None: the one that every adapter says it was trained on if that is the
-    embedded base, else the default base.
+    Base None: the one that every adapter says it was trained on if that is the embedded base, else the default base. Of
+    several jobs, one that cannot be drawn yields its error, and the next is begun.
 
     Raises:
-        GenerationError: the request is out of range.
+        GenerationError: the request is out of range, or the only job cannot be drawn.
         ModelError: the base cannot be had.
         AdapterError: an adapter cannot be used.
     """
-    base = base or _base_of_adapters(adapters) or DEFAULT_BASE
+    files = list(dict.fromkeys(path for job in jobs for path, _ in job.adapters))
+    base = base or _base_of_adapters(files) or DEFAULT_BASE
     generator = Generator.from_base(base, precision=precision, warn=warn)
-    names = [generator.stack.load(path) for path, _ in adapters]
-    generator.stack.set_adapters(names, [weight for _, weight in adapters])
-    if base == "tiny":
-        request = request.with_defaults(embedded.NUM_INFERENCE_STEPS, embedded.GUIDANCE_SCALE)
+    names = _load_all(generator, files)
+    request = _suited(request, base)
     index = _next_index(out_dir)
-    for offset, picture in enumerate(generator.draw(request)):
-        path = out_dir / f"{index + offset:05d}-seed{picture.recipe.seed}.png"
-        yield save_picture(picture.image, path, picture.recipe)
+    for job in jobs:
+        try:
+            _set_weights(generator, names, job.adapters)
+            for picture in generator.draw(replace(request, prompt=job.prompt)):
+                path = out_dir / f"{index:05d}-seed{picture.recipe.seed}.png"
+                index += 1
+                yield save_picture(picture.image, path, picture.recipe)
+        except GenerationError as error:
+            if len(jobs) == 1:
+                raise
+            yield GenerationError(f"{job.prompt[:60]!r}: {error}")
 
 
-def _base_of_adapters(adapters: Sequence[tuple[Path, float]]) -> str | None:
-    """ "tiny" if every adapter says that it was trained on the embedded base."""
-    bases = {read_adapter(path).metadata.get("sdlora.base") for path, _ in adapters}
-    return "tiny" if bases == {"tiny"} else None
+def draw_again(picture: Path, *, base: str | None, folders: Sequence[Path], out_dir: Path, say: Say, warn: Say) -> Path:
+    """Draw a picture of ours again from the recipe inside it, and say whether it came out the same.
+
+    Adapters are found below the folders by the hash of their tensors, so that a new name or header does not matter.
+
+    Raises:
+        GenerationError: no recipe, an adapter is nowhere, or the base was a local model and `base` does not name it.
+        ModelError: the base cannot be had.
+    """
+    recipe = read_recipe(picture)
+    base = base or _base_of_recipe(picture, recipe)
+    files = []
+    for record in recipe.adapters:
+        found = find_by_tensor_hash(record.tensor_hash, folders, name=record.file)
+        if found is None:
+            places = ", ".join(map(str, folders))
+            raise GenerationError(
+                f"{picture} was drawn with {record.file} (tensor hash {record.tensor_hash[:12]}), which is nowhere "
+                f"below {places}. Name its folder with --lora-dir."
+            )
+        files.append((found, record.weight))
+    generator = Generator.from_base(base, precision=_PRECISIONS.get(recipe.precision, "auto"), warn=warn)
+    names = _load_all(generator, [path for path, _ in files])
+    _set_weights(generator, names, files)
+    request = GenerationRequest(
+        prompt=recipe.prompt,
+        negative_prompt=recipe.negative_prompt,
+        seed=recipe.seed,
+        num_inference_steps=recipe.num_inference_steps,
+        guidance_scale=recipe.guidance_scale,
+        height=recipe.height,
+        width=recipe.width,
+        scheduler=recipe.scheduler if recipe.scheduler in SCHEDULERS else None,
+    )
+    drawn = next(generator.draw(request))
+    path = save_picture(drawn.image, _free_path(out_dir / picture.name), drawn.recipe)
+    say(_likeness(picture, drawn.image, recipe, drawn.recipe))
+    return path
 
 
-def _next_index(folder: Path) -> int:
-    numbers = [int(match[1]) for path in folder.glob("*.png") if (match := re.match(r"(\d{5})-", path.name))]
-    return max(numbers, default=0) + 1
+@dataclass(frozen=True)
+class ComparedAdapters:
+    """What a comparison is about: label -> adapter file, the prompts that suit them, and the base they were made on."""
+
+    files: Mapping[str, Path]
+    prompts: tuple[str, ...]
+    base: str | None
 
 
-def train_with_progress(
-    config: TrainConfig, dataset: ImageDataset, *, say: Callable[[str], None], stream: TextIO
+def compared(paths: Sequence[Path]) -> ComparedAdapters:
+    """Adapter files as they are; a run's folder stands for its saved adapters, oldest first, and brings its prompts.
+
+    Raises:
+        GenerationError: a folder is no run, or holds no adapter.
+    """
+    files: dict[str, Path] = {}
+    prompts: tuple[str, ...] = ()
+    base: str | None = None
+    for path in paths:
+        if not path.is_dir():
+            files[path.stem] = path
+            continue
+        if not (path / "config.toml").is_file():
+            raise GenerationError(f"{path} is not the folder of a run: it holds no config.toml.")
+        config = load_config(path / "config.toml")
+        run_dir = RunDir(path, config.run_name)
+        saved = sorted((path / "checkpoints").glob("step-*/*.safetensors"))
+        last = [run_dir.adapter_path] if run_dir.adapter_path.is_file() else []
+        files |= {file.stem: file for file in [*saved, *last]}
+        prompts, base = prompts or _prompts_of_run(run_dir, config), base or config.model.base
+    if not files:
+        raise GenerationError(f"There is no adapter in {', '.join(map(str, paths))}.")
+    return ComparedAdapters(files, prompts, base)
+
+
+def compare_adapters(
+    subject: ComparedAdapters,
+    *,
+    prompts: Sequence[str],
+    weights: Sequence[float],
+    seeds: Sequence[int],
+    request: GenerationRequest,
+    base: str | None,
+    precision: str,
+    path: Path,
+    say: Say,
+    warn: Say,
 ) -> Path:
+    """A sheet: a row a prompt and seed, a column the base alone and each adapter at each weight.
+
+    Raises:
+        GenerationError: there is no prompt, or the request is out of range.
+        ModelError, AdapterError: base or adapter cannot be used.
+    """
+    prompts = list(prompts) or list(subject.prompts)
+    if not prompts:
+        raise GenerationError('A comparison needs prompts. Give them with --prompt "a fox", as often as needed.')
+    files = list(subject.files.values())
+    base = base or subject.base or _base_of_adapters(files) or DEFAULT_BASE
+    generator = Generator.from_base(base, precision=precision, warn=warn)
+    names = _load_all(generator, files)
+    request = _suited(request, base)
+    cells = [(prompt, seed) for prompt in prompts for seed in seeds]
+    rows = [f"{prompt} · {seed}" if len(seeds) > 1 else prompt for prompt, seed in cells]
+
+    def draw() -> list[Image.Image]:
+        pictures = generator.draw_many([prompt for prompt, _ in cells], [seed for _, seed in cells], request)
+        return [picture.image for picture in pictures]
+
+    generator.stack.set_adapters([])
+    columns = {"without": draw()}
+    for label, file in subject.files.items():
+        for weight in weights:
+            heading = f"{label} {weight:g}" if len(weights) > 1 or weight != 1 else label
+            say(f"{heading}: {len(cells)} pictures")
+            generator.stack.set_adapters(names[file], weight)
+            columns[heading] = draw()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_sheet(columns, rows, path)
+    return path
+
+
+def train_with_progress(config: TrainConfig, dataset: ImageDataset, *, say: Say, stream: TextIO) -> Path:
     """Train as `config` says, with a progress bar on `stream`; returns the adapter's path.
 
     Raises:
@@ -77,9 +224,7 @@ def train_with_progress(
     return path
 
 
-def resume_with_progress(
-    run: Path, overrides: Sequence[str], *, allow_change: bool, say: Callable[[str], None], stream: TextIO
-) -> Path:
+def resume_with_progress(run: Path, overrides: Sequence[str], *, allow_change: bool, say: Say, stream: TextIO) -> Path:
     """Go on with the run in a folder, with a progress bar on `stream`; returns the adapter's path.
 
     Raises:
@@ -92,5 +237,83 @@ def resume_with_progress(
     return path
 
 
-def _tell_how_to_draw(path: Path, say: Callable[[str], None]) -> None:
+def _tell_how_to_draw(path: Path, say: Say) -> None:
     say(f'{path} ({path.stat().st_size / 1024:.0f} kB). Draw with it: sdlora generate "..." --lora {path}')
+
+
+def _load_all(generator: Generator, files: Sequence[Path]) -> dict[Path, str]:
+    """File -> its name in the stack: the stem, with a number where two files share it."""
+    names: dict[Path, str] = {}
+    for path in files:
+        if path not in names:
+            taken = sum(other.stem == path.stem for other in names)
+            names[path] = generator.stack.load(path, path.stem if not taken else f"{path.stem}-{taken + 1}")
+    return names
+
+
+def _set_weights(generator: Generator, names: Mapping[Path, str], adapters: Sequence[tuple[Path, float]]) -> None:
+    """A file that is named twice counts with the sum of its weights."""
+    weights: dict[str, float] = {}
+    for path, weight in adapters:
+        weights[names[path]] = weights.get(names[path], 0.0) + weight
+    generator.stack.set_adapters(list(weights), list(weights.values()))
+
+
+def _suited(request: GenerationRequest, base: str) -> GenerationRequest:
+    """Steps and guidance that suit the embedded base, where none are given."""
+    if base != "tiny":
+        return request
+    return request.with_defaults(embedded.NUM_INFERENCE_STEPS, embedded.GUIDANCE_SCALE)
+
+
+def _base_of_adapters(files: Sequence[Path]) -> str | None:
+    """ "tiny" if every adapter says that it was trained on the embedded base."""
+    bases = {read_adapter(path).metadata.get("sdlora.base") for path in files}
+    return "tiny" if bases == {"tiny"} else None
+
+
+def _base_of_recipe(picture: Path, recipe: Recipe) -> str:
+    if recipe.base == "tiny" or re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.base):
+        return recipe.base
+    raise GenerationError(f"{picture} was drawn with the local model {recipe.base!r}. Say where it lies with --base.")
+
+
+def _prompts_of_run(run_dir: RunDir, config: TrainConfig) -> tuple[str, ...]:
+    """The run's own preview prompts, else some of its captions, with the trigger as in training."""
+    if config.preview.prompts:
+        return config.preview.prompts
+    if not run_dir.dataset_path.is_file():
+        return ()
+    record = json.loads(run_dir.dataset_path.read_text(encoding="utf-8"))
+    captions = [compose_caption(entry["caption"], config.data.trigger) for entry in record.values()]
+    different = list(dict.fromkeys(captions))
+    return tuple(different[:: max(1, len(different) // _RUN_PROMPTS)][:_RUN_PROMPTS])
+
+
+def _likeness(original: Path, drawn: Image.Image, before: Recipe, now: Recipe) -> str:
+    with Image.open(original) as image:
+        first = np.asarray(image.convert("RGB")).astype(int)
+    second = np.asarray(drawn).astype(int)
+    if first.shape == second.shape and (first == second).all():
+        return "The same picture, to the last pixel."
+    changed = [
+        f"{name} {old} -> {now.versions.get(name)}"
+        for name, old in before.versions.items()
+        if old != now.versions.get(name)
+    ]
+    changed += [f"sampler {before.scheduler} -> {now.scheduler}"] if before.scheduler != now.scheduler else []
+    changed += [f"precision {before.precision} -> {now.precision}"] if before.precision != now.precision else []
+    why = f" Changed since: {', '.join(changed)}." if changed else " Drawn on another kind of machine?"
+    if first.shape != second.shape:
+        return f"Not the same: another size.{why}"
+    return f"Not the same: pixels differ by up to {np.abs(first - second).max()} of 255.{why}"
+
+
+def _free_path(path: Path) -> Path:
+    candidates = (path if n == 1 else path.with_stem(f"{path.stem}-{n}") for n in range(1, 10_000))
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
+def _next_index(folder: Path) -> int:
+    numbers = [int(match[1]) for path in folder.glob("*.png") if (match := re.match(r"(\d{5})-", path.name))]
+    return max(numbers, default=0) + 1

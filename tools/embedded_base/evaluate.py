@@ -19,9 +19,10 @@ from PIL import Image
 from text import caption
 
 from sdlora import embedded
-from sdlora.demo import draw, write_sheet
+from sdlora.demo import draw
 from sdlora.fidelity import StyleClassifier, rgb_to_lab, subject_topk
 from sdlora.generation import Generator
+from sdlora.sheet import write_sheet
 
 NUM_SUBJECTS = 100
 SUBJECT_STYLES = ("flat", "noto")
