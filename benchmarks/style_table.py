@@ -14,11 +14,14 @@ import json
 import os
 import platform
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import sdlora
+from sdlora import embedded
 from sdlora.config import load_config
 from sdlora.demo import STYLES, DemoStyle, draw, find_datasets, held_out_drawings
 from sdlora.fidelity import style_gap_closed, subject_topk
@@ -29,36 +32,50 @@ PRESETS = ("cross-attention", "attention", "attention+ff")
 RANKS = (4, 16)
 
 
-def measure(style: DemoStyle, preset: str, rank: int, out_dir: Path, exposures: int | None) -> dict[str, object]:
-    datasets = find_datasets()
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What every row of one dataset is measured against."""
+
+    prompts: list[str]
+    truth: list[Image.Image]
+    without: list[Image.Image]
+    top5_base: float
+
+    @staticmethod
+    def of(style: DemoStyle, generator: Generator) -> Reference:
+        drawings = held_out_drawings(find_datasets() / style.folder)
+        subjects, truth = list(drawings), list(drawings.values())
+        prompts = [f"{subject}, {style.trigger}" for subject in subjects]
+        top5 = subject_topk(draw(generator, subjects), truth, k=5, edges=True)
+        return Reference(prompts, truth, draw(generator, prompts), top5)
+
+
+def measure(
+    style: DemoStyle, preset: str, rank: int, reference: Reference, generator: Generator, args: argparse.Namespace
+) -> dict[str, object]:
     settings: dict[str, object] = {
-        "data.path": str(datasets / style.folder),
+        "model.base": "tiny",
+        "data.path": str(find_datasets() / style.folder),
         "data.trigger": style.trigger,
         "lora.targets": preset,
         "lora.rank": rank,
-        "output.dir": str(out_dir / "runs"),
+        "output.dir": str(args.out / "runs"),
         "output.name": f"{style.folder}-{preset.replace('+', '-')}-r{rank}",
     }
-    if exposures is not None:
-        settings["train.exposures"] = exposures
     started = time.perf_counter()
-    config = load_config(datasets.parent / "configs" / "tiny_cpu.toml", [f"{k}={v!r}" for k, v in settings.items()])
-    path = train_adapter(config)
+    given = [*embedded.TRAINING, *(f"{k}={v!r}" for k, v in settings.items()), *(args.set or [])]
+    path = train_adapter(load_config(None, given))
     seconds = time.perf_counter() - started
-    drawings = held_out_drawings(datasets / style.folder)
-    subjects, truth = list(drawings), list(drawings.values())
-    prompts = [f"{subject}, {style.trigger}" for subject in subjects]
-    generator = Generator.from_base("tiny")
-    without, plain = draw(generator, prompts), draw(generator, subjects)
-    generator.stack.load(path)
-    with_adapter = draw(generator, prompts)
+    name = generator.stack.load(path)
+    with_adapter = draw(generator, reference.prompts)
+    generator.stack.unload(name)
     return {
         "dataset": style.folder,
         "targets": preset,
         "rank": rank,
-        "gap_closed": style_gap_closed(with_adapter, without, truth),
-        "subject_top5": subject_topk(with_adapter, truth, k=5, edges=True),
-        "subject_top5_base": subject_topk(plain, truth, k=5, edges=True),
+        "gap_closed": style_gap_closed(with_adapter, reference.without, reference.truth),
+        "subject_top5": subject_topk(with_adapter, reference.truth, k=5, edges=True),
+        "subject_top5_base": reference.top5_base,
         "seconds": seconds,
         "kilobytes": path.stat().st_size / 1024,
     }
@@ -81,18 +98,22 @@ def to_markdown(rows: list[dict[str, object]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("outputs/style_table"))
-    parser.add_argument("--exposures", type=int)
+    parser.add_argument("--set", action="append", help="section.name=value, for every row")
+    parser.add_argument("--presets", nargs="*", default=PRESETS)
+    parser.add_argument("--ranks", nargs="*", type=int, default=RANKS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     table = args.out / "table.json"
     rows: list[dict[str, object]] = json.loads(table.read_text())["rows"] if table.exists() else []
     done = {(row["dataset"], row["targets"], row["rank"]) for row in rows}
+    generator = Generator.from_base("tiny")
     for style in STYLES:
-        for preset in PRESETS:
-            for rank in RANKS:
+        reference = Reference.of(style, generator)
+        for preset in args.presets:
+            for rank in args.ranks:
                 if (style.folder, preset, rank) in done:
                     continue
-                rows.append(measure(style, preset, rank, args.out, args.exposures))
+                rows.append(measure(style, preset, rank, reference, generator, args))
                 machine = {
                     "processor": platform.processor() or platform.machine(),
                     "cores": os.cpu_count(),

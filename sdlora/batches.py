@@ -13,12 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdlora.config import ObjectiveConfig
 from sdlora.families.base import ModelFamily, PromptEmbeds
-from sdlora.objective import offset_noise
+from sdlora.objective import multires_noise, offset_noise
 from sdlora.prepare import EMPTY_PROMPT_ROW, PreparedExample, TrainingSet
 from sdlora.randomness import counter_generator, counter_uniform, spread_timesteps
 
 __all__ = ["Batch", "ExposureOrder", "micro_batches"]
+
+_PLAIN = ObjectiveConfig()
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +31,9 @@ class Batch:
     latents: Tensor
     """Clean, fp32 [b, 4, h, w]."""
     noise: Tensor
-    """fp32 [b, 4, h, w]."""
+    """fp32 [b, 4, h, w]; the target is made of it."""
+    input_noise: Tensor
+    """What the noisy latents are made of: the noise itself, unless the input is perturbed."""
     timesteps: Tensor
     """int64 [b]."""
     embeds: PromptEmbeds
@@ -83,6 +88,7 @@ def micro_batches(
     caption_dropout: float,
     noise_offset: float,
     device: torch.device,
+    objective: ObjectiveConfig = _PLAIN,
 ) -> Iterator[Batch]:
     """The batches of one step: (exposure number, example index) pairs, split by size, at most `batch_size` each."""
     by_size: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
@@ -93,11 +99,20 @@ def micro_batches(
             part = members[start : start + batch_size]
             numbers = [exposure for exposure, _ in part]
             examples = [training_set.examples[index] for _, index in part]
-            timesteps = spread_timesteps(torch.tensor(numbers), seed=seed, num_train_timesteps=num_train_timesteps)
+            timesteps = spread_timesteps(
+                torch.tensor(numbers),
+                seed=seed,
+                num_train_timesteps=num_train_timesteps,
+                span=objective.timestep_range,
+                bias=objective.timestep_bias,
+            )
+            noise = _noise(examples, numbers, seed, noise_offset, objective.multires_discount)
+            input_noise = _perturbed(noise, numbers, seed, objective.input_perturbation)
             embeds = training_set.captions.select(_caption_rows(examples, numbers, seed, caption_dropout)).to(device)
             yield Batch(
                 latents=_latents(examples, numbers, seed).to(device),
-                noise=_noise(examples, numbers, seed, noise_offset).to(device),
+                noise=noise.to(device),
+                input_noise=input_noise.to(device),
                 timesteps=timesteps.to(device),
                 embeds=embeds,
                 added_cond_kwargs=family.added_cond_kwargs(
@@ -119,13 +134,37 @@ def _latents(examples: Sequence[PreparedExample], numbers: Sequence[int], seed: 
     return torch.stack(drawn)
 
 
-def _noise(examples: Sequence[PreparedExample], numbers: Sequence[int], seed: int, offset: float) -> Tensor:
+def _noise(
+    examples: Sequence[PreparedExample], numbers: Sequence[int], seed: int, offset: float, multires_discount: float
+) -> Tensor:
     shape = examples[0].latents.mean.shape
-    noise = torch.stack([torch.randn(shape, generator=counter_generator(seed, "noise", number)) for number in numbers])
-    if not offset:
+    noise = _normal(shape, numbers, seed, "noise")
+    if offset:
+        noise = offset_noise(noise, _normal(shape[:1], numbers, seed, "noise-offset"), offset)
+    if multires_discount:
+        noise = multires_noise(noise, _coarse_noise(shape, numbers, seed), multires_discount)
+    return noise
+
+
+def _coarse_noise(shape: torch.Size, numbers: Sequence[int], seed: int) -> list[Tensor]:
+    """Normal numbers on ever coarser grids, down to one a channel."""
+    channels, height, width = shape
+    levels = []
+    while height > 1 or width > 1:
+        height, width = max(1, height // 2), max(1, width // 2)
+        levels.append(_normal((channels, height, width), numbers, seed, f"coarse-noise-{height}x{width}"))
+    return levels
+
+
+def _perturbed(noise: Tensor, numbers: Sequence[int], seed: int, strength: float) -> Tensor:
+    if not strength:
         return noise
-    offsets = [torch.randn(shape[0], generator=counter_generator(seed, "noise-offset", number)) for number in numbers]
-    return offset_noise(noise, torch.stack(offsets), offset)
+    return noise + strength * _normal(noise.shape[1:], numbers, seed, "input-perturbation")
+
+
+def _normal(shape: Sequence[int], numbers: Sequence[int], seed: int, purpose: str) -> Tensor:
+    """Standard normal [len(numbers), *shape], each row from its exposure's own generator."""
+    return torch.stack([torch.randn(*shape, generator=counter_generator(seed, purpose, number)) for number in numbers])
 
 
 def _caption_rows(

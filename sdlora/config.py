@@ -12,9 +12,9 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from sdlora.errors import ConfigError, Problem
@@ -25,6 +25,8 @@ __all__ = [
     "DataConfig",
     "LoraSettings",
     "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
     "OutputConfig",
     "PreviewConfig",
     "TrainConfig",
@@ -71,6 +73,9 @@ class ModelConfig(_Section):
 
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Attention kernel. `sdpa` is PyTorch's own; `xformers` needs that package and a CUDA device."""
+
+    gradient_checkpointing: bool = Field(default=False, strict=True)
+    """Computes parts of the U-Net twice to keep less in memory: slower, for GPUs with little of it."""
 
 
 class DataConfig(_Section):
@@ -175,6 +180,70 @@ class TrainSettings(_Section):
     """Steps between progress events; each tells the mean loss since the one before."""
 
 
+class ObjectiveConfig(_Section):
+    """What is learnt from a picture and how much it counts."""
+
+    loss: Literal["mse", "huber", "smooth_l1"] = "mse"
+    """How an error is measured. `huber` and `smooth_l1` care less about single large errors, such as stains and
+    artefacts in the images."""
+
+    huber_delta: Positive = 0.1
+    """Where `huber` and `smooth_l1` turn from squared to absolute error."""
+
+    weighting: Literal["min-snr", "debiased", "p2", "none"] = "min-snr"
+    """How much each noise level counts: Min-SNR with `train.snr_gamma` (arXiv 2303.09556), debiased estimation
+    (arXiv 2310.08442), P2 (arXiv 2204.00227), or all alike."""
+
+    multires_discount: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
+    """Adds coarse noise, each halving of the size weaker by this factor: helps with large dark or bright areas, like
+    `train.noise_offset`. 0.1 to 0.4 is usual; 0: off."""
+
+    input_perturbation: NotNegative = 0.0
+    """Further noise of this size in the input but not in the target, against copying (arXiv 2301.11706 uses 0.1)."""
+
+    timestep_range: tuple[Fraction, Fraction] = (0.0, 1.0)
+    """Which part of the noise schedule is trained, from clean (0) to pure noise (1)."""
+
+    timestep_bias: Literal["none", "noisy", "clean"] = "none"
+    """Shows noisy timesteps (layout, colours) or clean ones (strokes, texture) more often than the others."""
+
+    @field_validator("timestep_range")
+    @classmethod
+    def _ascending(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not value[0] < value[1]:
+            raise ValueError("the first number must be below the second")
+        return value
+
+
+class OptimizerConfig(_Section):
+    """How the weights are changed."""
+
+    name: Literal["adamw", "adamw8bit", "adafactor", "lion", "prodigy"] = "adamw"
+    """`lion` takes a third to a tenth of AdamW's learning rate, `prodigy` finds its own and takes 1. `adamw8bit` and
+    `prodigy` need `pip install sdlora[optimizers]`."""
+
+    schedule: Literal["cosine", "cosine-restarts", "linear", "constant"] = "cosine"
+    """The learning rate after the warm-up."""
+
+    restarts: Count = 3
+    """How often `cosine-restarts` begins anew."""
+
+    lora_plus_ratio: Positive = 1.0
+    """How many times as fast the up factors learn (LoRA+, arXiv 2402.12354 uses 16, with a lower learning rate)."""
+
+    ema_decay: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
+    """The saved adapter is an average over the last steps; 0.99 spans about 100 of them. 0: off."""
+
+    max_norm: NotNegative = 0.0
+    """No layer's change may grow larger than this (Frobenius norm); it is shrunk after the step. 0: off."""
+
+    @model_validator(mode="after")
+    def _one_rate_for_prodigy(self) -> Self:
+        if self.name == "prodigy" and self.lora_plus_ratio != 1:
+            raise ValueError("prodigy finds one learning rate for all; it cannot have a lora_plus_ratio")
+        return self
+
+
 class PreviewConfig(_Section):
     """Pictures drawn at each save, to watch the style arrive."""
 
@@ -218,6 +287,8 @@ class TrainConfig(_Section):
     data: DataConfig
     lora: LoraSettings = LoraSettings()
     train: TrainSettings = TrainSettings()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     preview: PreviewConfig = PreviewConfig()
     output: OutputConfig = OutputConfig()
 

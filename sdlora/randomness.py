@@ -7,6 +7,7 @@ and so does one with other batches. Everything is drawn on the CPU, so that devi
 from __future__ import annotations
 
 import hashlib
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,12 +34,25 @@ def counter_uniform(seed: int, purpose: str, *counters: int | str) -> float:
     return (counter_seed(seed, purpose, *counters) >> 10) / 2.0**53
 
 
-def spread_timesteps(exposures: Tensor, *, seed: int, num_train_timesteps: int) -> Tensor:
+def spread_timesteps(
+    exposures: Tensor,
+    *,
+    seed: int,
+    num_train_timesteps: int,
+    span: tuple[float, float] = (0.0, 1.0),
+    bias: Literal["none", "noisy", "clean"] = "none",
+) -> Tensor:
     """Timesteps for these exposure numbers, int64, uniform over [0, num_train_timesteps).
+
+    `span` keeps to a part of the schedule; `bias` "noisy" makes a timestep as likely as it is high in the span (density
+    2 u), "clean" the reverse.
 
     Neighbouring exposures get timesteps far apart (an additive golden-ratio sequence with a seeded start), so that
     every batch, of any size, holds easy and hard ones. Which image meets which is left to the shuffled order.
     """
     start = counter_uniform(seed, "timesteps")
     position = torch.remainder(start + exposures.double() * _GOLDEN, 1.0)
+    if bias != "none":
+        position = position.sqrt() if bias == "noisy" else 1 - position.sqrt()
+    position = span[0] + (span[1] - span[0]) * position
     return (position * num_train_timesteps).long().clamp_(max=num_train_timesteps - 1)

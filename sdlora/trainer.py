@@ -32,17 +32,26 @@ from sdlora.lora import attach_lora, detach_lora, lora_pairs, named_parameters
 from sdlora.objective import (
     add_noise,
     diffusion_loss,
-    min_snr_weights,
+    loss_weights,
     prediction_target,
     signal_to_noise,
     to_prediction_type,
+)
+from sdlora.optimizers import (
+    AdapterAverage,
+    build_optimizer,
+    learning_rate_at,
+    limit_norms,
+    optimizer_facts,
+    optimizer_tensors,
+    restore_optimizer,
 )
 from sdlora.precision import Precision
 from sdlora.prepare import TrainingSet
 from sdlora.randomness import counter_seed
 from sdlora.run_dir import RunDir
 
-__all__ = ["Trainer", "TrainerState", "learning_rate_at"]
+__all__ = ["Trainer", "TrainerState"]
 
 _ADAPTER_NAME = "lora"
 _MAX_SKIPPED_IN_A_ROW = 20
@@ -67,14 +76,6 @@ class TrainerState:
     def updates(self) -> int:
         """Steps that changed the weights; the learning rate follows these."""
         return self.step - self.skipped
-
-
-def learning_rate_at(update: int, *, peak: float, warmup_steps: int, num_steps: int) -> float:
-    """The learning rate of an update (from 0): a straight rise to `peak`, then a cosine (arXiv 1608.03983) to 0."""
-    if update < warmup_steps:
-        return peak * (update + 1) / (warmup_steps + 1)
-    progress = (update - warmup_steps) / max(1, num_steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 class Trainer:
@@ -133,10 +134,11 @@ class Trainer:
         )
         self._named = named_parameters(self._unet, _ADAPTER_NAME)
         self._parameters = list(self._named.values())
-        self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay
-        )
+        self._optimizer = build_optimizer(self._named, config)
+        self._average = AdapterAverage(self._named, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
         self._scaler = precision.grad_scaler()
+        if config.model.gradient_checkpointing:
+            self._unet.enable_gradient_checkpointing()
         if checkpoint is not None:
             self._restore(checkpoint)
 
@@ -171,6 +173,8 @@ class Trainer:
                 raise
             self.finished = self._finish()
         finally:
+            if self._config.model.gradient_checkpointing:
+                self._unet.disable_gradient_checkpointing()
             self._unet.eval()
             detach_lora(self._unet)
         yield self.finished
@@ -245,11 +249,12 @@ class Trainer:
             caption_dropout=self._config.data.caption_dropout,
             noise_offset=train.noise_offset,
             device=self._device,
+            objective=self._config.objective,
         )
 
     def _losses(self, batch: Batch, *, dropout_counters: tuple[int, int]) -> Tensor:
         """The weighted loss of each example, fp32 [b]."""
-        noisy_latents = add_noise(batch.latents, batch.noise, self._alphas_cumprod, batch.timesteps)
+        noisy_latents = add_noise(batch.latents, batch.input_noise, self._alphas_cumprod, batch.timesteps)
         with self._seeded_dropout(dropout_counters), self._precision.autocast():
             model_pred = self._unet(
                 noisy_latents,
@@ -261,8 +266,9 @@ class Trainer:
             self._prediction_type, batch.latents, batch.noise, self._alphas_cumprod, batch.timesteps
         )
         snr = signal_to_noise(self._alphas_cumprod, batch.timesteps)
-        weights = min_snr_weights(self._prediction_type, snr, self._config.train.snr_gamma)
-        return diffusion_loss(model_pred, target, weights)
+        objective = self._config.objective
+        weights = loss_weights(objective.weighting, self._prediction_type, snr, self._config.train.snr_gamma)
+        return diffusion_loss(model_pred, target, weights, kind=objective.loss, delta=objective.huber_delta)
 
     def _seeded_dropout(self, counters: tuple[int, int]) -> AbstractContextManager[None]:
         if not self._config.lora.dropout:
@@ -278,6 +284,8 @@ class Trainer:
         applied = self._apply_scaled(self._scaler) if self._scaler is not None else self._apply(grad_norm)
         self.state.step += 1
         self.state.skipped += not applied
+        if applied:
+            self._after_update()
         self.state.skipped_in_a_row = 0 if applied else self.state.skipped_in_a_row + 1
         self._in_update = False
         if self.state.skipped_in_a_row == _MAX_SKIPPED_IN_A_ROW:
@@ -304,15 +312,25 @@ class Trainer:
         scaler.update()
         return scaler.get_scale() >= scale
 
+    def _after_update(self) -> None:
+        if self._config.optimizer.max_norm:
+            lora = self._config.lora
+            scale = (lora.rank if lora.alpha is None else lora.alpha) / lora.rank
+            limit_norms(self._named, scale, self._config.optimizer.max_norm)
+        if self._average is not None:
+            self._average.update(self.state.updates)
+
     def _set_learning_rate(self) -> float:
         learning_rate = learning_rate_at(
             self.state.updates,
             peak=self._config.train.learning_rate,
             warmup_steps=self.plan.warmup_steps,
             num_steps=self.plan.steps,
+            schedule=self._config.optimizer.schedule,
+            restarts=self._config.optimizer.restarts,
         )
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_scale"]
         return learning_rate
 
     def _require_finite(self, losses: Tensor, batch: Batch) -> None:
@@ -335,7 +353,8 @@ class Trainer:
             yield CheckpointSaved(step=step, path=str(path))
         if self._draw_previews is not None:
             self._unet.eval()
-            pictures = self._draw_previews(step)
+            with self._as_saved():
+                pictures = self._draw_previews(step)
             self._unet.train()
             for picture in pictures:
                 yield PreviewReady(step=step, path=str(picture))
@@ -363,26 +382,26 @@ class Trainer:
     def _save_state(self) -> None:
         self.state.seconds = time.perf_counter() - self._started
         tensors = {f"lora/{name}": _copied(parameter) for name, parameter in self._named.items()}
-        for name, parameter in self._named.items():
-            for key, value in self._optimizer.state[parameter].items():
-                tensors[f"optimizer/{key}/{name}"] = _copied(value)
+        optimizer = optimizer_tensors(self._optimizer, self._named)
+        tensors |= {f"optimizer/{place}": tensor for place, tensor in optimizer.items()}
+        if self._average is not None:
+            tensors |= {f"average/{name}": _copied(tensor) for name, tensor in self._average.shadow.items()}
         facts = {
             **self._facts,
             "trainer": asdict(self.state),
-            "optimizer": type(self._optimizer).__name__,
+            "optimizer": optimizer_facts(self._optimizer, self._named),
             "scaler": self._scaler.state_dict() if self._scaler is not None else None,
         }
         write_checkpoint(self._run_dir.state_dir, Checkpoint(self.state.step, tensors, facts))
         self._saved_at = time.perf_counter()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        by_prefix: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in checkpoint.tensors.items():
-            prefix, _, parameter_name = name.rpartition("/")
-            by_prefix.setdefault(prefix, {})[parameter_name] = tensor
-        weights = by_prefix.pop("lora", {})
+        kept: dict[str, dict[str, Tensor]] = {"lora": {}, "optimizer": {}, "average": {}}
+        for place, tensor in checkpoint.tensors.items():
+            kind, _, name = place.partition("/")
+            kept[kind][name] = tensor
         shapes = {name: parameter.shape for name, parameter in self._named.items()}
-        if {name: tensor.shape for name, tensor in weights.items()} != shapes:
+        if {name: tensor.shape for name, tensor in kept["lora"].items()} != shapes:
             detach_lora(self._unet)
             raise CheckpointError(
                 f"{self._run_dir.root}: the saved state is of an adapter with other layers or another rank. Start a "
@@ -390,24 +409,22 @@ class Trainer:
             )
         with torch.no_grad():
             for name, parameter in self._named.items():
-                parameter.copy_(weights[name])
-        state = {
-            index: {prefix.removeprefix("optimizer/"): kept[name] for prefix, kept in by_prefix.items() if name in kept}
-            for index, name in enumerate(self._named)
-        }
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": groups})
+                parameter.copy_(kept["lora"][name])
+        restore_optimizer(self._optimizer, self._named, kept["optimizer"], checkpoint.facts["optimizer"])
+        if self._average is not None:
+            self._average.shadow = {name: kept["average"][name].to(self._device) for name in self._named}
         if self._scaler is not None and checkpoint.facts["scaler"] is not None:
             self._scaler.load_state_dict(checkpoint.facts["scaler"])
         self.state = TrainerState(**checkpoint.facts["trainer"])
 
+    def _as_saved(self) -> AbstractContextManager[None]:
+        """The adapter as its file holds it: its average where one is kept."""
+        return self._average.in_place() if self._average is not None else nullcontext()
+
     def _write(self, path: Path) -> None:
-        write_adapter(
-            path,
-            lora_pairs(self._unet, _ADAPTER_NAME),
-            family=self._components.family.name,
-            metadata=self._metadata(path.stem),
-        )
+        with self._as_saved():
+            pairs = lora_pairs(self._unet, _ADAPTER_NAME)
+        write_adapter(path, pairs, family=self._components.family.name, metadata=self._metadata(path.stem))
 
     def _metadata(self, title: str) -> AdapterMetadata:
         config, side = self._config, self._training_set.resolution

@@ -10,7 +10,9 @@ from diffusers.training_utils import compute_snr
 from sdlora.objective import (
     add_noise,
     diffusion_loss,
+    loss_weights,
     min_snr_weights,
+    multires_noise,
     offset_noise,
     prediction_target,
     signal_to_noise,
@@ -113,3 +115,61 @@ def test_offset_noise_moves_whole_channels() -> None:
 def test_an_unknown_prediction_type_is_refused() -> None:
     with pytest.raises(ValueError, match="flow"):
         to_prediction_type("flow")
+
+
+# Further weightings, losses and kinds of noise.
+
+
+@pytest.mark.parametrize("kind", ["debiased", "p2", "min-snr"])
+def test_a_weighting_means_the_same_whatever_the_model_predicts(kind: str) -> None:
+    """One error of x0 seen as an error of e, of v and of x0 costs the same."""
+    snr = torch.tensor([0.05, 0.5, 1.0, 7.0, 300.0])
+    alpha = snr / (1 + snr)
+    of_x0 = torch.full_like(snr, 0.3)
+    # e = (x_t - sqrt(a) x0) / sqrt(1 - a), v = (sqrt(a) x_t - x0) / sqrt(1 - a), both at a fixed x_t.
+    of_e, of_v = of_x0 * (alpha / (1 - alpha)).sqrt(), of_x0 / (1 - alpha).sqrt()
+    costs = [
+        loss_weights(kind, name, snr) * error.square()
+        for name, error in (("epsilon", of_e), ("v_prediction", of_v), ("sample", of_x0))
+    ]
+    assert torch.allclose(costs[0], costs[1], rtol=1e-5)
+    assert torch.allclose(costs[0], costs[2], rtol=1e-5)
+
+
+def test_the_weightings_are_those_of_the_papers_for_epsilon() -> None:
+    snr = torch.tensor([0.01, 1.0, 50.0])
+    assert torch.allclose(loss_weights("debiased", "epsilon", snr), 1 / snr.sqrt())
+    assert torch.allclose(loss_weights("p2", "epsilon", snr), 1 / (1 + snr))
+    assert torch.equal(loss_weights("none", "epsilon", snr), torch.ones(3))
+    assert torch.equal(loss_weights("min-snr", "epsilon", snr, 5.0), min_snr_weights("epsilon", snr, 5.0))
+
+
+@pytest.mark.parametrize("kind", ["debiased", "p2", "min-snr", "none"])
+@pytest.mark.parametrize("name", ["epsilon", "v_prediction", "sample"])
+def test_the_ends_of_the_schedule_have_finite_weights(kind: str, name: str) -> None:
+    weights = loss_weights(kind, name, torch.tensor([0.0, 1e-9, 1e9]))
+    assert weights.isfinite().all() and (weights >= 0).all()
+
+
+def test_the_robust_losses_equal_their_formulas() -> None:
+    error = torch.tensor([[-3.0, -0.05, 0.0, 0.02, 0.7]])
+    ones, zero = torch.ones(1), torch.zeros_like(error)
+    size, delta = error.abs(), 0.1
+    huber = torch.where(size < delta, error**2, 2 * delta * (size - delta / 2)).mean()
+    smooth = torch.where(size < delta, error**2 / delta, 2 * size - delta).mean()
+    assert diffusion_loss(error, zero, ones, kind="huber", delta=delta).item() == pytest.approx(huber.item())
+    assert diffusion_loss(error, zero, ones, kind="smooth_l1", delta=delta).item() == pytest.approx(smooth.item())
+    assert diffusion_loss(error, zero, ones, kind="huber", delta=10).item() == pytest.approx(
+        error.square().mean().item()
+    )
+
+
+def test_multires_noise_has_spread_one_and_more_of_the_coarse() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(64, 4, 16, 16, generator=generator)
+    coarse = [torch.randn(64, 4, side, side, generator=generator) for side in (8, 4, 2, 1)]
+    mixed = multires_noise(noise, coarse, 0.5)
+    assert torch.allclose(mixed.flatten(1).std(1), torch.ones(64), atol=1e-5)
+    # The mean over the picture of white noise has a spread of 1/16.
+    assert noise.mean((2, 3)).std() < 0.08 < 0.1 < mixed.mean((2, 3)).std()
+    assert torch.allclose(multires_noise(noise, [], 0.5), noise / noise.flatten(1).std(1)[:, None, None, None])

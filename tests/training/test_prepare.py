@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from sdlora.batches import Batch, micro_batches
+from sdlora.config import ObjectiveConfig
 from sdlora.data.dataset import scan_dataset
 from sdlora.errors import ConfigError, NonFiniteError
 from sdlora.families import components_from_pipeline
@@ -113,9 +114,15 @@ def batches(training_set: TrainingSet, exposures: list[tuple[int, int]], **optio
 
 def test_what_an_exposure_sees_does_not_depend_on_its_companions() -> None:
     training_set = make_training_set(components_from_pipeline(tiny_sd1()))
-    (together,) = batches(training_set, [(8, 0), (9, 1), (10, 2)], noise_offset=0.1)
-    (alone,) = batches(training_set, [(9, 1)], noise_offset=0.1)
-    for name in ("latents", "noise", "timesteps"):
+    options = {
+        "noise_offset": 0.1,
+        "objective": ObjectiveConfig(
+            multires_discount=0.3, input_perturbation=0.1, timestep_range=(0.1, 0.9), timestep_bias="noisy"
+        ),
+    }
+    (together,) = batches(training_set, [(8, 0), (9, 1), (10, 2)], **options)
+    (alone,) = batches(training_set, [(9, 1)], **options)
+    for name in ("latents", "noise", "input_noise", "timesteps"):
         assert torch.equal(getattr(together, name)[1:2], getattr(alone, name)), name
     assert torch.equal(together.embeds.encoder_hidden_states[1:2], alone.embeds.encoder_hidden_states)
     assert not torch.equal(together.noise[0], together.noise[1])
@@ -172,3 +179,12 @@ def test_sdxl_batches_carry_their_sizes() -> None:
     assert batch.added_cond_kwargs is not None
     assert batch.added_cond_kwargs["time_ids"].tolist() == [[64, 128, 0, 0, 64, 128]]
     assert batch.added_cond_kwargs["text_embeds"].shape == (1, 32)
+
+
+def test_a_perturbed_input_leaves_the_target_alone() -> None:
+    training_set = make_training_set(components_from_pipeline(tiny_sd1()))
+    (plain,) = batches(training_set, [(0, 0), (1, 1)])
+    (perturbed,) = batches(training_set, [(0, 0), (1, 1)], objective=ObjectiveConfig(input_perturbation=0.1))
+    assert plain.input_noise is plain.noise
+    assert torch.equal(perturbed.noise, plain.noise)
+    assert (perturbed.input_noise - plain.noise).std().item() == pytest.approx(0.1, rel=0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -92,3 +93,14 @@ def test_the_order_differs_from_epoch_to_epoch_and_can_be_asked_for_anywhere() -
     assert order.epoch(0) != order.epoch(1)
     assert order.epoch(0) != list(range(20))
     assert [order.entry(n) for n in (45, 3, 45)] == [order.epoch(2)[5], order.epoch(0)[3], order.epoch(2)[5]]
+
+
+@pytest.mark.parametrize(("bias", "mean"), [("none", 0.5), ("noisy", 2 / 3), ("clean", 1 / 3)])
+def test_timesteps_can_be_biased_and_kept_to_a_part(bias: str, mean: float) -> None:
+    exposures = torch.arange(5000)
+    timesteps = spread_timesteps(exposures, seed=0, num_train_timesteps=1000, span=(0.2, 0.7), bias=bias)
+    assert timesteps.min() >= 200 and timesteps.max() < 700
+    assert timesteps.double().mean().item() == pytest.approx(200 + 500 * mean, abs=4)
+    quarters = torch.histc(timesteps.float(), 4, 200, 700) / 5000
+    expected = {"none": [1, 1, 1, 1], "noisy": [1 / 4, 3 / 4, 5 / 4, 7 / 4], "clean": [7 / 4, 5 / 4, 3 / 4, 1 / 4]}
+    assert quarters.tolist() == pytest.approx([share / 4 for share in expected[bias]], abs=0.01)
