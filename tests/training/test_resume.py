@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -270,6 +272,24 @@ def test_another_base_is_refused_and_the_same_one_elsewhere_is_not(tmp_path: Pat
     resume_run(root, overrides=[f"model.base={tmp_path / 'moved'}"])
     whole = train_adapter(run_config(tmp_path, base, "whole"))
     assert read_adapter(root / "ink.safetensors").tensor_sha256 == read_adapter(whole).tensor_sha256
+
+
+def test_an_old_run_still_goes_on(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder as sdlora 0.1 with schema 1 left it after step 3 of 6; never change it, add new ones beside it."""
+    old = Path(__file__).parent / "old_runs" / "schema1"
+    root = Path(shutil.copytree(old, tmp_path / "run"))
+    write_pictures(tmp_path / "data", count=4)
+    # Random models differ from one version of PyTorch to the next.
+    recorded = json.loads((old / "state" / "step-000003" / "state.json").read_text(encoding="utf-8"))["base"]
+    monkeypatch.setattr("sdlora.training.weights_fingerprint", lambda module: recorded)
+    record = json.loads((root / "dataset.json").read_text(encoding="utf-8"))
+    for name, entry in record.items():
+        entry["sha256"] = hashlib.sha256((tmp_path / "data" / name).read_bytes()).hexdigest()
+    (root / "dataset.json").write_text(json.dumps(record), encoding="utf-8")
+    path = resume_run(root, overrides=[f"data.path={tmp_path / 'data'}", f"model.base={base}"])
+    assert read_adapter(path).metadata["sdlora.steps"] == "6"
+    events = [from_json(line) for line in (root / "events.jsonl").read_text("utf-8").splitlines()]
+    assert [event.step for event in events if isinstance(event, StepDone)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_every_setting_has_its_meaning() -> None:
