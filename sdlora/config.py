@@ -31,6 +31,7 @@ __all__ = [
     "PreviewConfig",
     "TrainConfig",
     "TrainSettings",
+    "ValidationConfig",
     "config_reference",
     "load_config",
     "setting_names",
@@ -244,6 +245,20 @@ class OptimizerConfig(_Section):
         return self
 
 
+class ValidationConfig(_Section):
+    """Pictures that are never trained on, to see when the adapter begins to copy instead of learning the style."""
+
+    path: Path | None = None
+    """Folder with pictures and captions in the same style. Their loss is measured before the first step and at each
+    save, always with the same noise. None: not done."""
+
+    timesteps: Count = 4
+    """Noise levels per picture."""
+
+    keep_best: bool = Field(default=True, strict=True)
+    """The save with the lowest held-out loss becomes the result; all others stay in `checkpoints`."""
+
+
 class PreviewConfig(_Section):
     """Pictures drawn at each save, to watch the style arrive."""
 
@@ -289,6 +304,7 @@ class TrainConfig(_Section):
     train: TrainSettings = TrainSettings()
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    validation: ValidationConfig = ValidationConfig()
     preview: PreviewConfig = PreviewConfig()
     output: OutputConfig = OutputConfig()
 

@@ -18,6 +18,7 @@ __all__ = [
     "PreviewReady",
     "RunFinished",
     "StepDone",
+    "ValidationDone",
     "from_json",
     "to_json",
 ]
@@ -60,20 +61,37 @@ class PreviewReady:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidationDone:
+    """The mean loss after `step` steps on held-out images and on as many training images, with fixed noise.
+
+    While the style is learnt both fall; when only `training_loss` still falls, the images are being copied.
+    """
+
+    step: int
+    held_out_loss: float
+    training_loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunFinished:
-    """The run is over and its adapter lies at `path`; `stopped_early` says that fewer steps than planned were made."""
+    """The run is over and its adapter lies at `path`; `stopped_early` says that fewer steps than planned were made.
+
+    `best_step` is the save with the lowest held-out loss (None: there were no held-out images); unless the run was
+    stopped early or told otherwise, `path` is the adapter of that step.
+    """
 
     step: int
     path: str
     seconds: float
     stopped_early: bool = False
+    best_step: int | None = None
 
 
-Event: TypeAlias = StepDone | CheckpointSaved | PreviewReady | RunFinished
+Event: TypeAlias = StepDone | CheckpointSaved | PreviewReady | ValidationDone | RunFinished
 Observer: TypeAlias = Callable[[Event], None]
 
-_TYPES: dict[str, type[StepDone] | type[CheckpointSaved] | type[PreviewReady] | type[RunFinished]] = {
-    kind.__name__: kind for kind in (StepDone, CheckpointSaved, PreviewReady, RunFinished)
+_TYPES: dict[str, type[Event]] = {
+    kind.__name__: kind for kind in (StepDone, CheckpointSaved, PreviewReady, ValidationDone, RunFinished)
 }
 
 

@@ -15,7 +15,7 @@ from typing import Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from sdlora.events import CheckpointSaved, Event, PreviewReady, RunFinished, StepDone, to_json
+from sdlora.events import CheckpointSaved, Event, PreviewReady, RunFinished, StepDone, ValidationDone, to_json
 
 __all__ = ["JsonlWriter", "PlainProgress", "ProgressBar", "terminal_progress"]
 
@@ -123,16 +123,26 @@ def terminal_progress(stream: TextIO) -> ProgressBar | PlainProgress:
     return ProgressBar(console) if console.is_terminal and not console.is_dumb_terminal else PlainProgress(stream)
 
 
-def _sentence(event: CheckpointSaved | PreviewReady | RunFinished) -> str:
+def _sentence(event: CheckpointSaved | PreviewReady | ValidationDone | RunFinished) -> str:
     match event:
         case CheckpointSaved():
             return f"step {event.step}: saved {event.path}"
         case PreviewReady():
             return f"step {event.step}: drew {event.path}"
+        case ValidationDone():
+            return (
+                f"step {event.step}: loss on held-out pictures {event.held_out_loss:.4f}, "
+                f"on those trained on {event.training_loss:.4f}"
+            )
         case RunFinished(stopped_early=True):
             return (
                 f"Stopped after step {event.step}. What was learnt so far lies in {event.path} and can be used. "
                 f"To go on: sdlora resume {Path(event.path).parent}"
+            )
+        case RunFinished() if event.best_step is not None:
+            return (
+                f"Finished {event.step} steps in {_duration(event.seconds)}. Lowest loss on the held-out pictures: "
+                f"after step {event.best_step}. {event.path}"
             )
         case RunFinished():
             return f"Finished {event.step} steps in {_duration(event.seconds)}: {event.path}"

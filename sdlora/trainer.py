@@ -13,19 +13,18 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sdlora.adapter_file import AdapterMetadata, write_adapter
+from sdlora.adapter_file import AdapterMetadata, LoraPair, read_adapter, write_adapter
 from sdlora.batches import Batch, ExposureOrder, micro_batches
 from sdlora.checkpoint import Checkpoint, write_checkpoint
 from sdlora.config import TrainConfig, to_toml
 from sdlora.errors import AdapterError, CheckpointError, ModelError, NonFiniteError
-from sdlora.events import CheckpointSaved, Event, PreviewReady, RunFinished, StepDone
+from sdlora.events import CheckpointSaved, Event, PreviewReady, RunFinished, StepDone, ValidationDone
 from sdlora.families.base import Components
 from sdlora.length import LengthPlan, plan_length
 from sdlora.lora import attach_lora, detach_lora, lora_pairs, named_parameters
@@ -42,16 +41,14 @@ from sdlora.optimizers import (
     build_optimizer,
     learning_rate_at,
     limit_norms,
-    optimizer_facts,
-    optimizer_tensors,
-    restore_optimizer,
 )
 from sdlora.precision import Precision
 from sdlora.prepare import TrainingSet
 from sdlora.randomness import counter_seed
 from sdlora.run_dir import RunDir
+from sdlora.trainer_state import Trained, TrainerState, pack_state, unpack_state
 
-__all__ = ["Trainer", "TrainerState"]
+__all__ = ["Trainer"]
 
 _ADAPTER_NAME = "lora"
 _MAX_SKIPPED_IN_A_ROW = 20
@@ -59,31 +56,14 @@ _STATE_SECONDS = 300.0
 """A state is saved at least this often, so that a power cut costs minutes and not the hours between two saves."""
 
 
-@dataclass
-class TrainerState:
-    """Where a run is: steps made, how many of them were skipped, how many of those just now, the seconds it took.
-
-    `losses` are those since the last progress event.
-    """
-
-    step: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)
-
-    @property
-    def updates(self) -> int:
-        """Steps that changed the weights; the learning rate follows these."""
-        return self.step - self.skipped
-
-
 class Trainer:
     """Trains one LoRA; `run` once.
 
     The U-Net gets its LoRA here and is given back without it when `run` ends, however it ends: the base's weights are
     never changed. `draw_previews`, called after a save with the step, returns the pictures it drew. With a `checkpoint`
-    the run goes on after its step, as if it had never stopped; `facts` are put into every checkpoint written.
+    the run goes on after its step, as if it had never stopped; `facts` are put into every checkpoint written. With a
+    `validation_set` the loss on it, always with the same noise, is measured before the first step and at every save,
+    and the adapter of the save where it was lowest becomes the result.
     """
 
     def __init__(
@@ -95,6 +75,7 @@ class Trainer:
         run_dir: RunDir,
         precision: Precision,
         draw_previews: Callable[[int], list[Path]] | None = None,
+        validation_set: TrainingSet | None = None,
         checkpoint: Checkpoint | None = None,
         facts: Mapping[str, Any] | None = None,
     ):
@@ -108,6 +89,7 @@ class Trainer:
             raise ModelError(f"{components.source} predicts {components.prediction_type!r}, which is not supported.")
         self._config, self._components, self._training_set = config, components, training_set
         self._run_dir, self._precision, self._draw_previews = run_dir, precision, draw_previews
+        self._validation_set = validation_set
         self._unet, self._device = components.unet, components.unet.device
         self._prediction_type = to_prediction_type(components.prediction_type)
         self._alphas_cumprod: Tensor = components.noise_scheduler.alphas_cumprod.to(self._device, torch.float32)
@@ -118,7 +100,6 @@ class Trainer:
             seed=config.train.seed,
         )
         self.plan: LengthPlan = plan_length(len(self._entries), config)
-        self.state = TrainerState()
         self.finished: RunFinished | None = None
         self._facts = dict(facts or {})
         self._stop_requested = self._in_update = False
@@ -139,8 +120,8 @@ class Trainer:
         self._scaler = precision.grad_scaler()
         if config.model.gradient_checkpointing:
             self._unet.enable_gradient_checkpointing()
-        if checkpoint is not None:
-            self._restore(checkpoint)
+        self._trained = Trained(self._named, self._optimizer, self._scaler, self._average)
+        self.state = self._restore(checkpoint) if checkpoint is not None else TrainerState()
 
     def request_stop(self) -> None:
         """Asks the run to end after the step it is in, saved and finished in order. Safe in a signal handler."""
@@ -185,6 +166,8 @@ class Trainer:
 
     def _steps(self) -> Iterator[Event]:
         self._rehearse()
+        if self.state.step == 0:
+            yield from self._validate()
         last_time, last_step = time.perf_counter(), self.state.step
         while self.state.step < self.plan.steps and not self._stop_requested:
             learning_rate = self._set_learning_rate()
@@ -237,19 +220,27 @@ class Trainer:
         self.state.losses.append(total)
         return grad_norm
 
-    def _batches(self, exposures: list[tuple[int, int]]) -> Iterator[Batch]:
+    def _batches(
+        self,
+        exposures: list[tuple[int, int]],
+        images: TrainingSet | None = None,
+        *,
+        seed: int | None = None,
+        fixed: bool = False,
+    ) -> Iterator[Batch]:
+        """Of the training images by the run's seed; or, `fixed`, without dropped captions and offset noise."""
         train = self._config.train
         return micro_batches(
-            self._training_set,
+            self._training_set if images is None else images,
             exposures,
             family=self._components.family,
             batch_size=train.batch_size,
-            seed=train.seed,
+            seed=train.seed if seed is None else seed,
             num_train_timesteps=len(self._alphas_cumprod),
-            caption_dropout=self._config.data.caption_dropout,
-            noise_offset=train.noise_offset,
+            caption_dropout=0.0 if fixed else self._config.data.caption_dropout,
+            noise_offset=0.0 if fixed else train.noise_offset,
             device=self._device,
-            objective=self._config.objective,
+            **({} if fixed else {"objective": self._config.objective}),
         )
 
     def _losses(self, batch: Batch, *, dropout_counters: tuple[int, int]) -> Tensor:
@@ -345,7 +336,9 @@ class Trainer:
         )
 
     def _save_and_draw(self, step: int) -> Iterator[Event]:
-        if step < self.plan.steps:
+        yield from self._validate()
+        # The last one is the result itself, unless an earlier one may become that.
+        if step < self.plan.steps or self._validation_set is not None:
             path = self._run_dir.checkpoint_adapter_path(step)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._write(path)
@@ -359,15 +352,48 @@ class Trainer:
             for picture in pictures:
                 yield PreviewReady(step=step, path=str(picture))
 
+    def _validate(self) -> Iterator[Event]:
+        """The loss on the held-out images and on as many of the others, with noise that never changes."""
+        if self._validation_set is None:
+            return
+        count = self._config.validation.timesteps
+        self._unet.eval()
+        with self._as_saved(), torch.no_grad():
+            held_out = self._fixed_loss(self._validation_set, count)
+            trained_on = self._fixed_loss(self._training_set, count)
+        self._unet.train()
+        self.state.validations[str(self.state.step)] = held_out
+        yield ValidationDone(step=self.state.step, held_out_loss=held_out, training_loss=trained_on)
+
+    def _fixed_loss(self, images: TrainingSet, count: int) -> float:
+        assert self._validation_set is not None
+        every = max(1, len(images.examples) // len(self._validation_set.examples))
+        chosen = list(range(0, len(images.examples), every))[: len(self._validation_set.examples)]
+        # All timesteps of an image stand together, and neighbours are far apart on the schedule.
+        exposures = [(n, chosen[n // count]) for n in range(count * len(chosen))]
+        batches = self._batches(exposures, images, seed=counter_seed(self._config.train.seed, "validation"), fixed=True)
+        total = sum(float(self._losses(batch, dropout_counters=(-2, 0)).sum()) for batch in batches)
+        return total / len(exposures)
+
+    def _best_step(self) -> int | None:
+        """The save with the lowest held-out loss; None without a validation set."""
+        saved = {int(step): loss for step, loss in self.state.validations.items() if int(step) > 0}
+        return min(saved, key=saved.__getitem__) if saved else None
+
     def _finish(self) -> RunFinished:
-        path = self._run_dir.adapter_path
-        self._write(path)
+        path, best = self._run_dir.adapter_path, self._best_step()
+        if best is not None and best < self.state.step == self.plan.steps and self._config.validation.keep_best:
+            pairs = read_adapter(self._run_dir.checkpoint_adapter_path(best)).unet
+            self._write(path, pairs, step=best)
+        else:
+            self._write(path)
         self._save_state()
         return RunFinished(
             step=self.state.step,
             path=str(path),
             seconds=time.perf_counter() - self._started,
             stopped_early=self.state.step < self.plan.steps,
+            best_step=best,
         )
 
     def _save_after(self, error: BaseException) -> None:
@@ -381,52 +407,29 @@ class Trainer:
 
     def _save_state(self) -> None:
         self.state.seconds = time.perf_counter() - self._started
-        tensors = {f"lora/{name}": _copied(parameter) for name, parameter in self._named.items()}
-        optimizer = optimizer_tensors(self._optimizer, self._named)
-        tensors |= {f"optimizer/{place}": tensor for place, tensor in optimizer.items()}
-        if self._average is not None:
-            tensors |= {f"average/{name}": _copied(tensor) for name, tensor in self._average.shadow.items()}
-        facts = {
-            **self._facts,
-            "trainer": asdict(self.state),
-            "optimizer": optimizer_facts(self._optimizer, self._named),
-            "scaler": self._scaler.state_dict() if self._scaler is not None else None,
-        }
-        write_checkpoint(self._run_dir.state_dir, Checkpoint(self.state.step, tensors, facts))
+        write_checkpoint(self._run_dir.state_dir, pack_state(self._trained, self.state, self._facts))
         self._saved_at = time.perf_counter()
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        kept: dict[str, dict[str, Tensor]] = {"lora": {}, "optimizer": {}, "average": {}}
-        for place, tensor in checkpoint.tensors.items():
-            kind, _, name = place.partition("/")
-            kept[kind][name] = tensor
-        shapes = {name: parameter.shape for name, parameter in self._named.items()}
-        if {name: tensor.shape for name, tensor in kept["lora"].items()} != shapes:
+    def _restore(self, checkpoint: Checkpoint) -> TrainerState:
+        try:
+            return unpack_state(checkpoint, self._trained)
+        except CheckpointError as error:
             detach_lora(self._unet)
-            raise CheckpointError(
-                f"{self._run_dir.root}: the saved state is of an adapter with other layers or another rank. Start a "
-                "new run with `sdlora train`."
-            )
-        with torch.no_grad():
-            for name, parameter in self._named.items():
-                parameter.copy_(kept["lora"][name])
-        restore_optimizer(self._optimizer, self._named, kept["optimizer"], checkpoint.facts["optimizer"])
-        if self._average is not None:
-            self._average.shadow = {name: kept["average"][name].to(self._device) for name in self._named}
-        if self._scaler is not None and checkpoint.facts["scaler"] is not None:
-            self._scaler.load_state_dict(checkpoint.facts["scaler"])
-        self.state = TrainerState(**checkpoint.facts["trainer"])
+            raise CheckpointError(f"{self._run_dir.root}: {error}. Start a new run with `sdlora train`.") from error
 
     def _as_saved(self) -> AbstractContextManager[None]:
         """The adapter as its file holds it: its average where one is kept."""
         return self._average.in_place() if self._average is not None else nullcontext()
 
-    def _write(self, path: Path) -> None:
-        with self._as_saved():
-            pairs = lora_pairs(self._unet, _ADAPTER_NAME)
-        write_adapter(path, pairs, family=self._components.family.name, metadata=self._metadata(path.stem))
+    def _write(self, path: Path, pairs: Mapping[str, LoraPair] | None = None, *, step: int | None = None) -> None:
+        """The adapter as it is, or the given one of an earlier step."""
+        if pairs is None:
+            with self._as_saved():
+                pairs = lora_pairs(self._unet, _ADAPTER_NAME)
+        metadata = self._metadata(path.stem, self.state.step if step is None else step)
+        write_adapter(path, pairs, family=self._components.family.name, metadata=metadata)
 
-    def _metadata(self, title: str) -> AdapterMetadata:
+    def _metadata(self, title: str, step: int) -> AdapterMetadata:
         config, side = self._config, self._training_set.resolution
         prediction_type: Literal["epsilon", "v_prediction"] = (
             "v_prediction" if self._prediction_type == "v_prediction" else "epsilon"
@@ -441,16 +444,12 @@ class Trainer:
             training_alpha=float(config.lora.rank if config.lora.alpha is None else config.lora.alpha),
             own={
                 **({"sdlora.base": "tiny"} if config.model.base == "tiny" else {}),
-                "sdlora.steps": str(self.state.step),
+                "sdlora.steps": str(step),
                 "sdlora.seed": str(config.train.seed),
                 "sdlora.images": str(len(self._training_set.examples)),
                 "sdlora.config_sha256": hashlib.sha256(to_toml(config).encode("utf-8")).hexdigest(),
             },
         )
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
 
 
 @contextmanager

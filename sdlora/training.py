@@ -23,7 +23,7 @@ from sdlora import __version__
 from sdlora.checkpoint import KEPT, Checkpoint, read_latest_checkpoint, sweep_leftovers
 from sdlora.config import TrainConfig, load_config, to_toml
 from sdlora.data.dataset import ImageDataset, scan_dataset
-from sdlora.errors import CheckpointError, ModelError, TrainingError
+from sdlora.errors import CheckpointError, DatasetError, ModelError, Problem, TrainingError
 from sdlora.events import Event, Observer, RunFinished, from_json
 from sdlora.families import Components, load_components, resolve_base, weights_fingerprint
 from sdlora.length import plan_length
@@ -127,6 +127,7 @@ class _Parts:
     config: TrainConfig
     components: Components
     training_set: TrainingSet
+    validation_set: TrainingSet | None
     precision: Precision
     base_fingerprint: str
 
@@ -141,7 +142,9 @@ class _Parts:
         # Raises if nothing matches, before minutes of encoding.
         target_modules(components.unet, config.lora.targets)
         training_set = _prepare(config, components, dataset)
-        return _Parts(config, components, training_set, precision, weights_fingerprint(components.unet))
+        held_out = _scan_held_out(config)
+        validation_set = _prepare(config, components, held_out) if held_out is not None else None
+        return _Parts(config, components, training_set, validation_set, precision, weights_fingerprint(components.unet))
 
 
 def _train(
@@ -162,6 +165,7 @@ def _train(
         run_dir=run_dir,
         precision=parts.precision,
         draw_previews=draw_previews,
+        validation_set=parts.validation_set,
         checkpoint=checkpoint,
         facts={"base": parts.base_fingerprint, "versions": _versions(), "num_steps": plan.steps},
     )
@@ -268,6 +272,20 @@ def _scan(config: TrainConfig, say: Say) -> ImageDataset:
     for warning in dataset.warnings:
         say(f"Note: {warning}")
     return dataset
+
+
+def _scan_held_out(config: TrainConfig) -> ImageDataset | None:
+    """
+    Raises:
+        DatasetError: the folder cannot be used, or is the one that is trained on.
+    """
+    path = config.validation.path
+    if path is None:
+        return None
+    if path.resolve() == config.data.path.resolve():
+        problem = Problem("validation.path", "these are the pictures that are trained on.", "Hold out others.")
+        raise DatasetError(path, [problem])
+    return scan_dataset(path, trigger=config.data.trigger, background=config.data.background_rgb)
 
 
 def _device() -> torch.device:

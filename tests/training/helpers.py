@@ -61,6 +61,7 @@ def make_trainer(
     precision: Precision | None = None,
     draw_previews: Callable[[int], list[Path]] | None = None,
     checkpoint: Checkpoint | None = None,
+    validation_set: TrainingSet | None = None,
     **sections: dict[str, Any],
 ) -> Trainer:
     components = components or components_from_pipeline(TINY[family]())
@@ -73,6 +74,7 @@ def make_trainer(
         precision=precision or Precision("fp32", "cpu"),
         draw_previews=draw_previews,
         checkpoint=checkpoint,
+        validation_set=validation_set,
     )
 
 
