@@ -149,6 +149,16 @@ def write_sheet(base: Base, vae: AutoencoderKL, scaling_factor: float, path: Pat
     Image.fromarray(rows.reshape(len(styles) * 128, len(SHEET) * 128, 3).numpy()).save(path)
 
 
+def ensure_tokenizer(folder: Path) -> None:
+    """What is there stays: trained anew, equally frequent pairs get other numbers, and the embeddings other words."""
+    if (folder / "tokenizer.json").exists():
+        return
+    if (SHIPPED / "tokenizer").exists():
+        CLIPTokenizer.from_pretrained(SHIPPED / "tokenizer").save_pretrained(folder)
+    else:
+        write_tokenizer(folder)
+
+
 def choose_caption(subject: str, style: str, chance: float) -> str:
     if chance < 0.08:
         return ""
@@ -174,7 +184,7 @@ def main() -> None:
     vae = load_vae(args.work)
     pictures = Pictures(args.work, vae)
     print(f"{len(pictures)} drawings, scaling factor {pictures.scaling_factor}", flush=True)
-    write_tokenizer(args.work / "tokenizer")
+    ensure_tokenizer(args.work / "tokenizer")
     base = Base(CLIPTokenizer.from_pretrained(args.work / "tokenizer"))
     print({name: sum(p.numel() for p in m.parameters()) for name, m in base.named_children()}, flush=True)
     path, step = args.work / "unet.pt", 0
