@@ -25,6 +25,7 @@ def validated(folder: Path, **settings: Any) -> Trainer:
     components = components_from_pipeline(tiny_sd1())
     held_out = make_training_set(components, seed=7)
     settings["train"] = SIX_STEPS | settings.get("train", {})
+    settings["validation"] = {"timesteps": 1} | settings.get("validation", {})
     return make_trainer(folder, components=components, validation_set=held_out, **settings)
 
 
