@@ -23,6 +23,7 @@ import safetensors.torch
 from torch import Tensor
 
 from sdlora.errors import CheckpointError
+from sdlora.run_dir import sync_folder
 
 __all__ = ["Checkpoint", "read_latest_checkpoint", "sweep_leftovers", "write_checkpoint"]
 
@@ -60,10 +61,10 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         contents[_MANIFEST] = _to_json({"schema": SCHEMA, "step": checkpoint.step, "files": listing})
         for name, data in contents.items():
             _write_through(temporary / name, data)
-        _flush_folder(temporary)
+        sync_folder(temporary)
         _remove(target)
         temporary.rename(target)
-        _flush_folder(folder)
+        sync_folder(folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
@@ -131,17 +132,6 @@ def _write_through(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    """Makes a rename last; Windows has no such call and needs none."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove(path: Path) -> None:

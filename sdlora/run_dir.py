@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sdlora.errors import ConfigError, Problem
 
-__all__ = ["RunDir", "create_run_dir", "write_text_atomic"]
+__all__ = ["RunDir", "create_run_dir", "sync_folder", "write_text_atomic"]
 
 _MAX_SAME_NAME = 10_000
 
@@ -103,6 +103,17 @@ def write_text_atomic(path: Path, text: str) -> None:
         Path(temporary).replace(path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the renames in a folder survive a power cut; Windows cannot open folders and needs no such call."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

@@ -27,7 +27,7 @@ from sdlora.errors import CheckpointError, DatasetError, ModelError, Problem, Tr
 from sdlora.events import Event, Observer, RunFinished, from_json
 from sdlora.families import Components, load_components, resolve_base, weights_fingerprint
 from sdlora.length import plan_length
-from sdlora.lora import target_modules, trainable_share
+from sdlora.lora import detach_lora, target_modules, trainable_share
 from sdlora.precision import Precision, choose_precision
 from sdlora.prepare import TrainingSet, prepare_training_set
 from sdlora.preview import PreviewDrawer
@@ -170,7 +170,12 @@ def _train(
         facts={"base": parts.base_fingerprint, "versions": _versions(), "num_steps": plan.steps},
     )
     _introduce(trainer, components, parts.precision, device, say)
-    _require_space(run_dir, components, len(plan.save_steps))
+    try:
+        _require_space(run_dir, components, len(plan.save_steps))
+    except TrainingError:
+        # The trainer takes its LoRA out at the end of a run, and this one never begins.
+        detach_lora(components.unet)
+        raise
     with JsonlWriter(run_dir.events_path) as events_file:
         _drive(trainer, [events_file, *observers])
     return run_dir.adapter_path

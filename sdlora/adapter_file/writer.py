@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import secrets
-import stat
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from sdlora.adapter_file.reader import name_some, read_adapter
 from sdlora.adapter_file.safety import MAX_RANK, read_header
 from sdlora.adapter_file.types import PARTS, LoraPair, Part
 from sdlora.errors import AdapterFileError
+from sdlora.run_dir import sync_folder
 
 __all__ = ["Dialect", "rewrite_metadata", "write_adapter"]
 
@@ -180,20 +180,9 @@ def _publish(path: Path, content: bytes, check: Callable[[Path], None]) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise AdapterFileError(path, f"it cannot be written: {error.strerror}.") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut; Windows cannot open folders and needs no such call."""
-    if os.name != "posix" or not stat.S_ISDIR(folder.stat().st_mode):
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _compare(path: Path, stored: Stored, temporary: Path) -> None:

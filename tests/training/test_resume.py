@@ -320,8 +320,10 @@ def test_too_little_space_is_told_before_the_first_step(
 ) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("sdlora.training.shutil.disk_usage", lambda path: usage)
+    components = components_from_pipeline(tiny_sd1())
     with pytest.raises(TrainingError, match=r"needs \d+ MB for what is saved in the run, and 0 MB are free"):
-        train_adapter(run_config(tmp_path, base))
+        train_adapter(run_config(tmp_path, base), components=components)
+    assert components.unet.state_dict().keys() == tiny_sd1().unet.state_dict().keys()
 
 
 def test_a_state_is_saved_between_saves_as_time_goes_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
