@@ -69,6 +69,8 @@ class TrainingSet:
 
     examples: tuple[PreparedExample, ...]
     captions: PromptEmbeds
+    texts: tuple[str, ...]
+    """What each row of `captions` says."""
     resolution: int
 
     @property
@@ -113,7 +115,7 @@ def prepare_training_set(
                 repeats=example.repeats,
             )
         )
-    return TrainingSet(tuple(prepared), captions, resolution)
+    return TrainingSet(tuple(prepared), captions, tuple(rows), resolution)
 
 
 def _buckets(components: Components, resolution: int) -> tuple[tuple[int, int], ...]:

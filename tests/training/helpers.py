@@ -48,8 +48,8 @@ def make_training_set(
                 target_hw=(height, width),
             )
         )
-    captions = components.family.encode_prompts(components, ["", *(f"picture {n}" for n in range(len(sizes_hw)))])
-    return TrainingSet(tuple(examples), captions, 64)
+    texts = ("", *(f"picture {n}" for n in range(len(sizes_hw))))
+    return TrainingSet(tuple(examples), components.family.encode_prompts(components, texts), texts, 64)
 
 
 def make_trainer(
