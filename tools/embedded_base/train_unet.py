@@ -68,10 +68,10 @@ def load_vae(work: Path) -> AutoencoderKL:
 
 
 class Pictures:
-    """Every subject in every style: posterior means and stds [N, 4, 16, 16], scaled to unit variance."""
+    """Every subject in every style: uint8 pixels, posterior means and stds [N, 4, 16, 16] scaled to unit variance."""
 
     def __init__(self, work: Path, vae: AutoencoderKL):
-        means, stds, self.subjects, self.styles = [], [], [], []
+        means, stds, drawings, self.subjects, self.styles = [], [], [], [], []
         wanted = read_subjects()
         for art_set in BASE_SETS:
             data = np.load(work / "art" / f"{art_set.package}.npz")
@@ -83,9 +83,10 @@ class Pictures:
                     posterior = vae.encode(x).latent_dist
                 means.append(posterior.mean)
                 stds.append(posterior.std)
+            drawings.append(torch.from_numpy(pixels[rows]).permute(0, 3, 1, 2))
             self.subjects += [wanted[names[row]] for row in rows]
             self.styles += [art_set.style] * len(rows)
-        mean = torch.cat(means)
+        self.pixels, mean = torch.cat(drawings), torch.cat(means)
         self.scaling_factor = round(float(1 / mean.std()), 5)
         self.mean, self.std = mean * self.scaling_factor, torch.cat(stds) * self.scaling_factor
 
