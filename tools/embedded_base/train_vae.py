@@ -5,7 +5,6 @@
 Writes WORK/vae.pt (weights, EMA, step) every minute and continues from it, or with --from-shipped from the package's
 weights. The sets kept for adaptation are read only to print the PSNR on styles never seen; they are never trained on.
 A second round with --decoder-only --colour 0.5 sharpens the colours; the latents, and so the U-Net, stay as they are.
-With --drawn 0.5 that share of the batch are latents that the U-Net drew (drawn_latents.py), for even fills in pictures.
 """
 
 from __future__ import annotations
@@ -126,7 +125,6 @@ def main() -> None:
     parser.add_argument("--adam", action="store_true")
     parser.add_argument("--decoder-only", action="store_true", help="keep the latents as they are")
     parser.add_argument("--colour", type=float, default=0.0, help="weight of the CIELAB error, per 100 units")
-    parser.add_argument("--drawn", type=float, default=0.0, help="share of latents from WORK/drawn.pt")
     parser.add_argument("--from-shipped", action="store_true", help="start from the package's weights")
     parser.add_argument("--state", default="vae.pt")
     parser.add_argument("--threads", type=int, default=2)
@@ -156,21 +154,14 @@ def main() -> None:
     schedule, ema = Schedule(optimizers), Ema(vae, 0.999)
     if saved:
         ema.shadow = saved["ema"]
-    num_drawn = round(args.drawn * args.batch)
-    drawn = torch.load(args.work / "drawn.pt", weights_only=True) if num_drawn else {}
     started, first, losses, colours, told = time.time(), step, [], [0.0], time.time()
     while (progress := (time.time() - started) / (60 * args.minutes)) < 1:
         source = every if torch.rand((), generator=generator) < 0.5 else chosen
-        picks = torch.randint(len(source), (args.batch - num_drawn,), generator=generator)
+        picks = torch.randint(len(source), (args.batch,), generator=generator)
         x = augment(source[picks], generator)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(x).latent_dist
-            latents = latents_of(posterior, generator, args.colour > 0)
-            if num_drawn:
-                picks = torch.randint(len(drawn["pixels"]), (num_drawn,), generator=generator)
-                latents = torch.cat([latents, drawn["latents"][picks]])
-                x = torch.cat([x, drawn["pixels"][picks].float() / 127.5 - 1])
-            y = vae.decode(latents).sample
+            y = vae.decode(latents_of(posterior, generator, args.colour > 0)).sample
         error = (y.float() - x).square().mean()
         loss = error + KL_WEIGHT * posterior.kl().mean() / (4 * 16 * 16)
         if args.colour:
