@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,12 +17,13 @@ from torch import Tensor
 from sdlora.config import ObjectiveConfig
 from sdlora.families.base import ModelFamily, PromptEmbeds
 from sdlora.objective import multires_noise, offset_noise
-from sdlora.prepare import EMPTY_PROMPT_ROW, PreparedExample, TrainingSet
+from sdlora.prepare import EMPTY_PROMPT_ROW, PreparedExample, TrainingSet, View
 from sdlora.randomness import counter_generator, counter_uniform, spread_timesteps
 
 __all__ = ["Batch", "ExposureOrder", "micro_batches"]
 
 _PLAIN = ObjectiveConfig()
+_Choice = TypeVar("_Choice")
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +101,7 @@ def micro_batches(
             part = members[start : start + batch_size]
             numbers = [exposure for exposure, _ in part]
             examples = [training_set.examples[index] for _, index in part]
+            views = _views(examples, numbers, seed)
             timesteps = spread_timesteps(
                 torch.tensor(numbers),
                 seed=seed,
@@ -110,7 +113,7 @@ def micro_batches(
             input_noise = _perturbed(noise, numbers, seed, objective.input_perturbation)
             embeds = training_set.captions.select(_caption_rows(examples, numbers, seed, caption_dropout)).to(device)
             yield Batch(
-                latents=_latents(examples, numbers, seed).to(device),
+                latents=_latents(views, numbers, seed).to(device),
                 noise=noise.to(device),
                 input_noise=input_noise.to(device),
                 timesteps=timesteps.to(device),
@@ -118,26 +121,36 @@ def micro_batches(
                 added_cond_kwargs=family.added_cond_kwargs(
                     embeds,
                     [example.original_hw for example in examples],
-                    [example.crop_top_left_yx for example in examples],
+                    [view.crop_top_left_yx for view in views],
                     [example.target_hw for example in examples],
                 ),
                 names=tuple(example.name for example in examples),
             )
 
 
-def _latents(examples: Sequence[PreparedExample], numbers: Sequence[int], seed: int) -> Tensor:
-    drawn = []
+def _views(examples: Sequence[PreparedExample], numbers: Sequence[int], seed: int) -> list[View]:
+    shown = []
     for example, number in zip(examples, numbers, strict=True):
-        mirrored = example.mirrored_latents
-        shown = mirrored if mirrored is not None and counter_uniform(seed, "flip", number) < 0.5 else example.latents
-        drawn.append(shown.sample(counter_generator(seed, "latents", number)))
-    return torch.stack(drawn)
+        mirrored = example.mirrored_views and counter_uniform(seed, "flip", number) < 0.5
+        shown.append(_one_of(example.mirrored_views if mirrored else example.views, seed, "view", number))
+    return shown
+
+
+def _one_of(choices: Sequence[_Choice], seed: int, purpose: str, number: int) -> _Choice:
+    if len(choices) == 1:
+        return choices[0]
+    return choices[int(counter_uniform(seed, purpose, number) * len(choices))]
+
+
+def _latents(views: Sequence[View], numbers: Sequence[int], seed: int) -> Tensor:
+    generators = [counter_generator(seed, "latents", number) for number in numbers]
+    return torch.stack([view.latents.sample(generator) for view, generator in zip(views, generators, strict=True)])
 
 
 def _noise(
     examples: Sequence[PreparedExample], numbers: Sequence[int], seed: int, offset: float, multires_discount: float
 ) -> Tensor:
-    shape = examples[0].latents.mean.shape
+    shape = examples[0].latent_shape
     noise = _normal(shape, numbers, seed, "noise")
     if offset:
         noise = offset_noise(noise, _normal(shape[:1], numbers, seed, "noise-offset"), offset)
@@ -171,6 +184,8 @@ def _caption_rows(
     examples: Sequence[PreparedExample], numbers: Sequence[int], seed: int, caption_dropout: float
 ) -> list[int]:
     return [
-        EMPTY_PROMPT_ROW if counter_uniform(seed, "caption-dropout", number) < caption_dropout else example.caption_row
+        EMPTY_PROMPT_ROW
+        if counter_uniform(seed, "caption-dropout", number) < caption_dropout
+        else _one_of(example.caption_rows, seed, "caption", number)
         for example, number in zip(examples, numbers, strict=True)
     ]

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from sdlora import __version__
+from sdlora.cli_data import app as data_app
 from sdlora.cli_lora import app as lora_app
 from sdlora.errors import SdloraError
 
@@ -26,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(lora_app)
+app.add_typer(data_app)
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 

@@ -101,6 +101,14 @@ class DataConfig(_Section):
     flip: bool = Field(default=False, strict=True)
     """Also show images mirrored, at random. Wrong for art with lettering, signatures or a fixed direction of light."""
 
+    cache: bool = Field(default=True, strict=True)
+    """Keeps encoded images and captions on the disk, so that the next run on them starts at once. The adapter is the
+    same, bit for bit. `sdlora data cache` shows and empties it."""
+
+    cache_dir: Path | None = None
+    """Where they are kept. None: the folder in the environment variable SDLORA_CACHE, else the system's place for
+    caches."""
+
     @property
     def background_rgb(self) -> tuple[int, int, int]:
         """`background` as red, green, blue in 0..255."""

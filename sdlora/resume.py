@@ -27,6 +27,8 @@ CHANGE_CLASSES: dict[str, Meaning] = {
     "data.background": "changes the run",
     "data.caption_dropout": "changes the run",
     "data.flip": "changes the run",
+    "data.cache": "free",
+    "data.cache_dir": "free",
     "lora.rank": "impossible",
     "lora.alpha": "changes the run",
     "lora.dropout": "changes the run",

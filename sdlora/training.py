@@ -20,10 +20,11 @@ from accelerate import PartialState
 from filelock import FileLock, Timeout
 
 from sdlora import __version__
+from sdlora.cache import DiskCache, cache_folder
 from sdlora.checkpoint import KEPT, Checkpoint, read_latest_checkpoint, sweep_leftovers
 from sdlora.config import TrainConfig, load_config, to_toml
 from sdlora.data.dataset import ImageDataset, scan_dataset
-from sdlora.errors import CheckpointError, DatasetError, ModelError, Problem, TrainingError
+from sdlora.errors import CheckpointError, ConfigError, DatasetError, ModelError, Problem, TrainingError
 from sdlora.events import Event, Observer, RunFinished, from_json
 from sdlora.families import Components, load_components, resolve_base, weights_fingerprint
 from sdlora.length import plan_length
@@ -65,7 +66,7 @@ def train_adapter(
         TrainingError: training cannot start or go on; NonFiniteError names the step and the images.
     """
     dataset = dataset or _scan(config, say)
-    parts = _Parts.build(config, dataset, components)
+    parts = _Parts.build(config, dataset, components, say)
     run_dir = create_run_dir(config.output.dir, config.run_name)
     with _locked(run_dir):
         write_text_atomic(run_dir.config_path, to_toml(config))
@@ -108,7 +109,7 @@ def resume_run(
             say(f"{root} is finished: {checkpoint.step} steps. Its adapter is {run_dir.adapter_path}.")
             return run_dir.adapter_path
         _tell_other_versions(checkpoint, say)
-        parts = _Parts.build(config, dataset, components)
+        parts = _Parts.build(config, dataset, components, say)
         if parts.base_fingerprint != checkpoint.facts["base"] and config.model.precision == begun.model.precision:
             detail = f"{parts.components.source} is not the base that this run was started on."
             raise CheckpointError(f"{root}: {detail} Give the right one with --set model.base=...")
@@ -132,7 +133,7 @@ class _Parts:
     base_fingerprint: str
 
     @staticmethod
-    def build(config: TrainConfig, dataset: ImageDataset, components: Components | None) -> _Parts:
+    def build(config: TrainConfig, dataset: ImageDataset, components: Components | None, say: Say) -> _Parts:
         device = components.unet.device if components is not None else _device()
         require_attention(config.model.attention, device)
         precision = choose_precision(config.model.precision, device)
@@ -141,9 +142,12 @@ class _Parts:
             components = load_components(source, weight_dtype=precision.weight_dtype, device=device)
         # Raises if nothing matches, before minutes of encoding.
         target_modules(components.unet, config.lora.targets)
-        training_set = _prepare(config, components, dataset)
+        cache = _open_cache(config)
+        training_set = _prepare(config, components, dataset, cache)
         held_out = _scan_held_out(config)
-        validation_set = _prepare(config, components, held_out) if held_out is not None else None
+        validation_set = _prepare(config, components, held_out, cache) if held_out is not None else None
+        for note in cache.notes() if cache is not None else []:
+            say(note)
         return _Parts(config, components, training_set, validation_set, precision, weights_fingerprint(components.unet))
 
 
@@ -315,7 +319,24 @@ def require_attention(attention: str, device: torch.device) -> None:
         raise ModelError('xformers is not installed. `pip install sdlora[xformers]`, or model.attention = "sdpa".')
 
 
-def _prepare(config: TrainConfig, components: Components, dataset: ImageDataset) -> TrainingSet:
+def _open_cache(config: TrainConfig) -> DiskCache | None:
+    """
+    Raises:
+        ConfigError: it would lie among the pictures.
+    """
+    if not config.data.cache:
+        return None
+    folder, data = cache_folder(config.data.cache_dir), config.data.path
+    if folder.resolve().is_relative_to(data.resolve()):
+        what = f"the cache {folder} lies inside the dataset folder {data}, which is only read."
+        problem = Problem("data.cache_dir", what, "Choose a place outside it, there or with SDLORA_CACHE.")
+        raise ConfigError("the settings", [problem])
+    return DiskCache(folder)
+
+
+def _prepare(
+    config: TrainConfig, components: Components, dataset: ImageDataset, cache: DiskCache | None
+) -> TrainingSet:
     return prepare_training_set(
         components,
         dataset.examples,
@@ -323,6 +344,7 @@ def _prepare(config: TrainConfig, components: Components, dataset: ImageDataset)
         trigger=config.data.trigger,
         background=config.data.background_rgb,
         flip=config.data.flip,
+        cache=cache,
     )
 
 

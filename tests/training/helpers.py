@@ -13,7 +13,7 @@ from sdlora.checkpoint import Checkpoint
 from sdlora.config import TrainConfig
 from sdlora.families import Components, components_from_pipeline
 from sdlora.precision import Precision
-from sdlora.prepare import LatentDistribution, PreparedExample, TrainingSet
+from sdlora.prepare import LatentDistribution, PreparedExample, TrainingSet, View
 from sdlora.run_dir import RunDir
 from sdlora.trainer import Trainer
 from tests.tiny import tiny_sd1, tiny_sd2, tiny_sdxl
@@ -40,11 +40,10 @@ def make_training_set(
         examples.append(
             PreparedExample(
                 name=f"{index}.png",
-                latents=LatentDistribution(mean=colour, std=0.05 * torch.ones_like(colour)),
-                mirrored_latents=None,
-                caption_row=index + 1,
+                views=(View(LatentDistribution(mean=colour, std=0.05 * torch.ones_like(colour))),),
+                mirrored_views=(),
+                caption_rows=(index + 1,),
                 original_hw=(height, width),
-                crop_top_left_yx=(0, 0),
                 target_hw=(height, width),
             )
         )

@@ -17,7 +17,7 @@ from sdlora.config import ObjectiveConfig
 from sdlora.data.dataset import scan_dataset
 from sdlora.errors import ConfigError, NonFiniteError
 from sdlora.families import components_from_pipeline
-from sdlora.prepare import EMPTY_PROMPT_ROW, TrainingSet, prepare_training_set
+from sdlora.prepare import EMPTY_PROMPT_ROW, LatentDistribution, TrainingSet, View, prepare_training_set
 from tests.tiny import tiny_sd1, tiny_sdxl
 from tests.training.helpers import make_training_set, write_pictures
 
@@ -42,10 +42,10 @@ def test_latents_are_the_vaes_distribution_times_its_factor(tmp_path: Path) -> N
         expected = pipeline.vae.encode(pixels).latent_dist
         mirrored = pipeline.vae.encode(pixels.flip(-1)).latent_dist
     factor = pipeline.vae.config.scaling_factor
-    torch.testing.assert_close(example.latents.mean, expected.mean[0] * factor)
-    torch.testing.assert_close(example.latents.std, expected.std[0] * factor)
-    assert example.mirrored_latents is not None
-    torch.testing.assert_close(example.mirrored_latents.mean, mirrored.mean[0] * factor)
+    (view,), (mirror_image,) = example.views, example.mirrored_views
+    torch.testing.assert_close(view.latents.mean, expected.mean[0] * factor)
+    torch.testing.assert_close(view.latents.std, expected.std[0] * factor)
+    torch.testing.assert_close(mirror_image.latents.mean, mirrored.mean[0] * factor)
 
 
 def test_each_caption_is_embedded_once_and_the_empty_prompt_comes_first(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_each_caption_is_embedded_once_and_the_empty_prompt_comes_first(tmp_path
     (folder / "2.txt").write_text("thing 0", encoding="utf-8")
     components = components_from_pipeline(tiny_sd1())
     prepared = prepare_training_set(components, scan_dataset(folder).examples, trigger="ink style")
-    assert [example.caption_row for example in prepared.examples] == [1, 2, 1]
+    assert [example.caption_rows for example in prepared.examples] == [(1,), (2,), (1,)]
     reference = components.family.encode_prompts(components, ["", "thing 0, ink style", "thing 1, ink style"])
     torch.testing.assert_close(prepared.captions.encoder_hidden_states, reference.encoder_hidden_states)
 
@@ -88,7 +88,7 @@ def test_a_half_precision_vae_that_overflows_is_tried_again_in_fp32(tmp_path: Pa
         # What fp16 cannot hold, fp32 can: the weight is finite, its product with the pixels is not.
         pipeline.vae.encoder.conv_in.bias.fill_(6e4)
     prepared = prepare_training_set(components_from_pipeline(pipeline), scan_dataset(folder).examples)
-    assert prepared.examples[0].latents.mean.isfinite().all()
+    assert prepared.examples[0].views[0].latents.mean.isfinite().all()
     assert pipeline.vae.dtype == torch.float32
 
 
@@ -153,8 +153,8 @@ def test_half_of_the_exposures_are_mirrored_where_that_is_wanted() -> None:
     examples = tuple(
         replace(
             example,
-            latents=replace(example.latents, mean=torch.zeros(4, 8, 8), std=torch.zeros(4, 8, 8)),
-            mirrored_latents=replace(example.latents, mean=torch.ones(4, 8, 8), std=torch.zeros(4, 8, 8)),
+            views=(View(LatentDistribution(torch.zeros(4, 8, 8), torch.zeros(4, 8, 8))),),
+            mirrored_views=(View(LatentDistribution(torch.ones(4, 8, 8), torch.zeros(4, 8, 8))),),
         )
         for example in training_set.examples
     )
@@ -167,7 +167,7 @@ def test_half_of_the_exposures_are_mirrored_where_that_is_wanted() -> None:
 def test_latents_are_drawn_anew_from_their_distribution() -> None:
     training_set = make_training_set(components_from_pipeline(tiny_sd1()))
     (batch,) = batches(training_set, [(n, 0) for n in range(64)], batch_size=64)
-    deviation = batch.latents - training_set.examples[0].latents.mean
+    deviation = batch.latents - training_set.examples[0].views[0].latents.mean
     assert deviation.std().item() == pytest.approx(0.05, rel=0.05)
     assert not torch.equal(batch.latents[0], batch.latents[1])
 
