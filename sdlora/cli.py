@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -14,7 +15,10 @@ from rich.markup import escape
 from sdlora import __version__
 from sdlora.cli_data import app as data_app
 from sdlora.cli_lora import app as lora_app
-from sdlora.errors import SdloraError
+from sdlora.errors import GenerationError, SdloraError
+
+if TYPE_CHECKING:
+    from sdlora.generation import StepDrawn
 
 __all__ = ["app", "main"]
 
@@ -39,6 +43,7 @@ Steps = Annotated[int | None, typer.Option("--steps")]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="How strictly the prompt is followed.")]
 DrawPrecision = Annotated[str, typer.Option("--precision", help="auto, fp16, bf16, fp32.")]
 LoraDir = Annotated[Path, typer.Option("--lora-dir", help="Where <lora:name> is looked for.")]
+_OVER, _THRIFT = "Drawing over a picture, and larger", "Memory and speed"
 
 
 def _say(message: str) -> None:
@@ -192,16 +197,47 @@ def generate(
     height: Annotated[int | None, typer.Option("--height")] = None,
     width: Annotated[int | None, typer.Option("--width")] = None,
     scheduler: Annotated[
-        str | None, typer.Option("--scheduler", help="ddim, euler, euler-a, dpm++2m, unipc ...")
+        str | None, typer.Option("--scheduler", "--sampler", help='"DPM++ 2M Karras", euler-a, ddim, lcm ...')
     ] = None,
+    clip_skip: Annotated[
+        int | None, typer.Option("--clip-skip", help="2: the text encoder's last layer but one.")
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain-prompt", help="Brackets are no weights: (word:1.2).")] = False,
     precision: DrawPrecision = "auto",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Pictures computed at once.")] = 1,
+    init: Annotated[Path | None, typer.Option("--init", help="A picture to draw over.", rich_help_panel=_OVER)] = None,
+    strength: Annotated[
+        float | None, typer.Option("--strength", help="How much of it is redrawn, 0 to 1.", rich_help_panel=_OVER)
+    ] = None,
+    hires: Annotated[
+        float | None, typer.Option("--hires", help="Enlarge by this and draw over it.", rich_help_panel=_OVER)
+    ] = None,
+    hires_strength: Annotated[float | None, typer.Option("--hires-strength", rich_help_panel=_OVER)] = None,
+    hires_steps: Annotated[int | None, typer.Option("--hires-steps", rich_help_panel=_OVER)] = None,
+    hires_upscaler: Annotated[
+        str, typer.Option("--hires-upscaler", help="latent or lanczos.", rich_help_panel=_OVER)
+    ] = "latent",
+    vae_tiling: Annotated[
+        bool, typer.Option("--vae-tiling", help="Large pictures in tiles.", rich_help_panel=_THRIFT)
+    ] = False,
+    vae_slicing: Annotated[
+        bool, typer.Option("--vae-slicing", help="Decode a batch one by one.", rich_help_panel=_THRIFT)
+    ] = False,
+    offload: Annotated[
+        str | None, typer.Option("--offload", help="model, or sequential: least memory.", rich_help_panel=_THRIFT)
+    ] = None,
+    attention: Annotated[str, typer.Option("--attention", help="sdpa, xformers.", rich_help_panel=_THRIFT)] = "sdpa",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="torch.compile: pays for many pictures.", rich_help_panel=_THRIFT)
+    ] = False,
     lora_dir: LoraDir = Path("outputs"),
     wildcards: Annotated[Path, typer.Option("--wildcards", help="Where __name__ finds NAME.txt.")] = Path("wildcards"),
+    preview_every: Annotated[
+        int | None, typer.Option("--preview-every", help="Show the work in OUT/preview.png every N steps.", min=1)
+    ] = None,
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("outputs/pictures"),
 ) -> None:
     """Draw pictures, with any number of LoRAs at their weights."""
-    from sdlora.errors import GenerationError
     from sdlora.prompts import find_adapter, parse_adapter_argument, split_adapter_tags
     from sdlora.request import GenerationRequest
     from sdlora.wildcards import expand_prompt
@@ -217,6 +253,14 @@ def generate(
         width=width,
         scheduler=scheduler,
         batch_size=batch_size,
+        clip_skip=clip_skip,
+        prompt_syntax="plain" if plain else "weighted",
+        init_image=init,
+        strength=strength,
+        hires_scale=hires,
+        hires_strength=hires_strength,
+        hires_steps=hires_steps,
+        hires_upscaler=cast(Any, hires_upscaler),
     )
     request.check()
     always = [parse_adapter_argument(item) for item in lora or []]
@@ -233,21 +277,59 @@ def generate(
             failed += 1
             _warn(f"left out: prompt {number + 1}, {line[:60]!r}: {error}")
     if found:
+        from sdlora.generation import Thrift
         from sdlora.workflows import PromptJob, generate_files
 
+        thrift = Thrift(
+            vae_tiling=vae_tiling,
+            vae_slicing=vae_slicing,
+            offload=cast(Any, offload),
+            attention=cast(Any, attention),
+            compile=compiled,
+        )
         jobs = [PromptJob(text, tuple(adapters)) for text, adapters in found]
-        for made in generate_files(jobs, request, base=base, precision=precision, out_dir=out_dir, warn=_warn):
-            if isinstance(made, GenerationError):
-                failed += 1
-                _warn(f"left out: {made}")
-            else:
-                _say(str(made))
+        failed += _draw_files(
+            lambda on_step: generate_files(
+                jobs,
+                request,
+                base=base,
+                precision=precision,
+                out_dir=out_dir,
+                warn=_warn,
+                thrift=thrift,
+                on_step=on_step,
+                preview_every=preview_every,
+            ),
+            num_pictures=len(jobs) * num_images,
+        )
     if failed:
         raise typer.Exit(GenerationError.exit_code)
 
 
+def _draw_files(
+    draw: Callable[[Callable[[StepDrawn], None]], Iterator[Path | GenerationError]], *, num_pictures: int
+) -> int:
+    """Tell each file as it is written; returns how many prompts could not be drawn."""
+    from sdlora.progress import PictureBar
+
+    failed = done = 0
+    try:
+        with PictureBar(sys.stderr, num_pictures) as bar:
+            for made in draw(lambda step: bar.step(step.step, step.num_steps)):
+                if isinstance(made, Path):
+                    done += 1
+                    bar.picture_done()
+                    _say(str(made))
+                else:
+                    failed += 1
+                    _warn(f"left out: {made}")
+    except KeyboardInterrupt:
+        _warn(f"Stopped. {done} of {num_pictures} pictures are done and stay.")
+        raise typer.Exit(130) from None
+    return failed
+
+
 def _prompt_lines(prompt: str | None, file: str | None) -> list[str]:
-    from sdlora.errors import GenerationError
     from sdlora.wildcards import read_prompts
 
     if (prompt is None) == (file is None):
@@ -271,6 +353,7 @@ def again(
     lora_dir: Annotated[
         list[Path] | None, typer.Option("--lora-dir", help="Where its LoRAs may be now; as often as needed.")
     ] = None,
+    init: Annotated[Path | None, typer.Option("--init", help="The picture it was drawn over.")] = None,
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for the picture.")] = Path("outputs/again"),
 ) -> None:
     """Draw a picture again from the recipe inside it."""
@@ -280,7 +363,8 @@ def again(
     from sdlora.workflows import draw_again
 
     folders = lora_dir or [Path("outputs"), picture.resolve().parent]
-    _say(str(draw_again(picture, base=base, folders=folders, out_dir=out_dir, say=_say, warn=_warn)))
+    drawn = draw_again(picture, base=base, folders=folders, out_dir=out_dir, say=_say, warn=_warn, init_image=init)
+    _say(str(drawn))
 
 
 @app.command()
@@ -297,7 +381,6 @@ def compare(
     path: Annotated[Path, typer.Option("--out", help="The sheet to write.")] = Path("outputs/compare.png"),
 ) -> None:
     """One sheet of LoRAs (or a run's saves) by weights, prompts and seeds."""
-    from sdlora.errors import GenerationError
     from sdlora.request import GenerationRequest
 
     try:

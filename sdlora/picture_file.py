@@ -12,8 +12,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sdlora.errors import GenerationError
+from sdlora.request import GenerationRequest
+from sdlora.schedulers import SCHEDULERS, scheduler_label
 
 __all__ = ["AdapterRecord", "Recipe", "read_recipe", "save_picture"]
+
+_UPSCALERS = {"latent": "Latent", "lanczos": "Lanczos"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class AdapterRecord:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything needed to draw the picture again."""
+    """Everything needed to draw the picture again. Fields with a default are missing from older pictures."""
 
     prompt: str
     negative_prompt: str
@@ -40,28 +44,73 @@ class Recipe:
     scheduler: str
     base: str
     precision: str
+    clip_skip: int | None = None
+    prompt_syntax: str = "plain"
+    """Older pictures were drawn from plain texts."""
+    init_image: str = ""
+    """File name of the picture that was drawn over, without its folder."""
+    init_hash: str = ""
+    """SHA-256 of that picture's size and RGB pixels."""
+    strength: float | None = None
+    hires_scale: float | None = None
+    hires_strength: float | None = None
+    hires_steps: int | None = None
+    hires_upscaler: str = ""
+    vae_tiling: bool = False
     adapters: tuple[AdapterRecord, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    def request(self, init_image: Path | None = None) -> GenerationRequest:
+        """What was asked for; the picture that was drawn over has to be found by its hash."""
+        return GenerationRequest(
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            seed=self.seed,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            height=self.height,
+            width=self.width,
+            scheduler=self.scheduler if self.scheduler in SCHEDULERS else None,
+            clip_skip=self.clip_skip,
+            prompt_syntax="weighted" if self.prompt_syntax == "weighted" else "plain",
+            init_image=init_image,
+            strength=self.strength,
+            hires_scale=self.hires_scale,
+            hires_strength=self.hires_strength,
+            hires_steps=self.hires_steps,
+            hires_upscaler="lanczos" if self.hires_upscaler == "lanczos" else "latent",
+        )
 
     def parameters(self) -> str:
         """The text A1111 and Civitai read."""
         lines = [self.prompt + "".join(f" <lora:{a.name}:{a.weight:g}>" for a in self.adapters)]
         if self.negative_prompt:
             lines.append(f"Negative prompt: {self.negative_prompt}")
-        settings = [
-            f"Steps: {self.num_inference_steps}",
-            f"Sampler: {self.scheduler}",
-            f"CFG scale: {self.guidance_scale:g}",
-            f"Seed: {self.seed}",
-            f"Size: {self.width}x{self.height}",
-            f"Model: {self.base.replace(',', ' ').replace(':', ' ')}",
-        ]
+        return "\n".join([*lines, ", ".join(self._settings())])
+
+    def _settings(self) -> list[str]:
+        settings: dict[str, object] = {
+            "Steps": self.num_inference_steps,
+            "Sampler": scheduler_label(self.scheduler),
+            "CFG scale": f"{self.guidance_scale:g}",
+            "Seed": self.seed,
+            "Size": f"{self.width}x{self.height}",
+            "Model": _without_separators(self.base),
+            "Clip skip": self.clip_skip,
+            "Denoising strength": self.strength if self.hires_strength is None else self.hires_strength,
+            "Hires upscale": self.hires_scale,
+            "Hires steps": self.hires_steps,
+            "Hires upscaler": _UPSCALERS.get(self.hires_upscaler),
+        }
         if self.adapters:
-            hashes = ", ".join(f"{a.name.translate({44: 32, 58: 32})}: {a.tensor_hash[:12]}" for a in self.adapters)
-            settings.append(f'Lora hashes: "{hashes}"')
-        sdlora = self.versions.get("sdlora", "")
-        settings.append(f"Version: sdlora {sdlora}".rstrip())
-        return "\n".join([*lines, ", ".join(settings)])
+            hashes = ", ".join(f"{_without_separators(a.name)}: {a.tensor_hash[:12]}" for a in self.adapters)
+            settings["Lora hashes"] = f'"{hashes}"'
+        settings["Version"] = f"sdlora {self.versions.get('sdlora', '')}".rstrip()
+        return [
+            f"{name}: {value:g}" if isinstance(value, float) else f"{name}: {value}"
+            for name, value in settings.items()
+            if value is not None
+        ]
 
 
 def save_picture(image: Image.Image, path: Path, recipe: Recipe) -> Path:
@@ -100,3 +149,8 @@ def read_recipe(path: Path) -> Recipe:
         return Recipe(**data, adapters=adapters)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise GenerationError(f"{path}: its recipe cannot be read ({error}).") from error
+
+
+def _without_separators(text: str) -> str:
+    """A value of A1111's list has neither commas nor colons."""
+    return text.translate({ord(","): " ", ord(":"): " "})

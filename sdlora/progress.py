@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from sdlora.events import CheckpointSaved, Event, PreviewReady, RunFinished, StepDone, ValidationDone, to_json
 
-__all__ = ["JsonlWriter", "PlainProgress", "ProgressBar", "terminal_progress"]
+__all__ = ["JsonlWriter", "PictureBar", "PlainProgress", "ProgressBar", "terminal_progress"]
 
 _SMOOTHING = 0.95
 
@@ -115,6 +115,43 @@ class JsonlWriter(_Watcher):
 
     def close(self) -> None:
         self._file.close()
+
+
+class PictureBar(_Watcher):
+    """Which picture is being drawn and how far it is, on a terminal; elsewhere nothing."""
+
+    def __init__(self, stream: TextIO, num_pictures: int):
+        console = Console(file=stream)
+        self._shown = console.is_terminal and not console.is_dumb_terminal
+        self._done, self._num_pictures = 0, num_pictures
+        self._progress = Progress(
+            TextColumn("picture {task.fields[number]} of {task.fields[pictures]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps · left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+
+    def step(self, step: int, num_steps: int) -> None:
+        """So many steps of the picture in work are done."""
+        if not self._shown:
+            return
+        if self._task is None:
+            self._progress.start()
+            self._task = self._progress.add_task("drawing", number=1, pictures=self._num_pictures)
+        number = min(self._done + 1, self._num_pictures)
+        self._progress.update(self._task, completed=step, total=num_steps, number=number)
+
+    def picture_done(self) -> None:
+        """One more file is written."""
+        self._done += 1
+
+    def close(self) -> None:
+        if self._shown:
+            self._progress.stop()
 
 
 def terminal_progress(stream: TextIO) -> ProgressBar | PlainProgress:

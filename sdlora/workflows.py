@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TextIO
 
@@ -18,11 +19,13 @@ from sdlora.adapter_tools import find_by_tensor_hash
 from sdlora.config import DEFAULT_BASE, TrainConfig, load_config
 from sdlora.data.captions import compose_caption
 from sdlora.data.dataset import ImageDataset
+from sdlora.data.decode import decode_image
 from sdlora.errors import GenerationError
-from sdlora.generation import Generator
+from sdlora.generation import Generator, StepDrawn, Thrift, pixel_hash
+from sdlora.generation.files import preview_files, share_out
 from sdlora.picture_file import Recipe, read_recipe, save_picture
 from sdlora.progress import terminal_progress
-from sdlora.request import SCHEDULERS, GenerationRequest
+from sdlora.request import GenerationRequest
 from sdlora.run_dir import RunDir
 from sdlora.sheet import write_sheet
 from sdlora.training import resume_run, train_adapter
@@ -59,11 +62,15 @@ def generate_files(
     precision: str,
     out_dir: Path,
     warn: Say,
+    thrift: Thrift | None = None,
+    on_step: Callable[[StepDrawn], None] | None = None,
+    preview_every: int | None = None,
 ) -> Iterator[Path | GenerationError]:
     """Draw the pictures and yield each file's path as it is written. Nothing existing is overwritten.
 
     Base None: the one that every adapter says it was trained on if that is the embedded base, else the default base. Of
-    several jobs, one that cannot be drawn yields its error, and the next is begun.
+    several jobs, one that cannot be drawn yields its error, and the next is begun. Processes that accelerate started
+    together share the pictures out; the files are those that one process would write.
 
     Raises:
         GenerationError: the request is out of range, or the only job cannot be drawn.
@@ -72,34 +79,59 @@ def generate_files(
     """
     files = list(dict.fromkeys(path for job in jobs for path, _ in job.adapters))
     base = base or _base_of_adapters(files) or DEFAULT_BASE
-    generator = Generator.from_base(base, precision=precision, warn=warn)
+    first = _next_index(out_dir)
+    seeds = range(request.seed, request.seed + request.num_images)
+    pictures = [_Picture(job, seed) for job in jobs for seed in seeds]
+    shared = share_out([(first + number, picture) for number, picture in enumerate(pictures)])
+    generator = Generator.from_base(
+        base, precision=precision, device=shared.device, thrift=thrift, warn=warn, on_step=on_step
+    )
     names = _load_all(generator, files)
     request = _suited(request, base)
-    index = _next_index(out_dir)
-    for job in jobs:
-        try:
-            _set_weights(generator, names, job.adapters)
-            for picture in generator.draw(replace(request, prompt=job.prompt)):
-                path = out_dir / f"{index:05d}-seed{picture.recipe.seed}.png"
-                index += 1
-                yield save_picture(picture.image, path, picture.recipe)
-        except GenerationError as error:
-            if len(jobs) == 1:
-                raise
-            yield GenerationError(f"{job.prompt[:60]!r}: {error}")
+    with preview_files(generator, out_dir, every=preview_every, process=shared.process):
+        for job, numbered in groupby(shared.items, lambda item: item[1].job):
+            part = list(numbered)
+            try:
+                _set_weights(generator, names, job.adapters)
+                drawn = generator.draw_many([job.prompt] * len(part), [p.seed for _, p in part], request)
+                for (number, _), picture in zip(part, drawn, strict=True):
+                    path = out_dir / f"{number:05d}-seed{picture.recipe.seed}.png"
+                    yield save_picture(picture.image, path, picture.recipe)
+            except GenerationError as error:
+                if len(jobs) == 1:
+                    raise
+                yield GenerationError(f"{job.prompt[:60]!r}: {error}")
 
 
-def draw_again(picture: Path, *, base: str | None, folders: Sequence[Path], out_dir: Path, say: Say, warn: Say) -> Path:
+@dataclass(frozen=True)
+class _Picture:
+    job: PromptJob
+    seed: int
+
+
+def draw_again(
+    picture: Path,
+    *,
+    base: str | None,
+    folders: Sequence[Path],
+    out_dir: Path,
+    say: Say,
+    warn: Say,
+    init_image: Path | None = None,
+) -> Path:
     """Draw a picture of ours again from the recipe inside it, and say whether it came out the same.
 
-    Adapters are found below the folders by the hash of their tensors, so that a new name or header does not matter.
+    Adapters are found below the folders by the hash of their tensors, so that a new name or header does not matter; the
+    picture it was drawn over by the hash of its pixels.
 
     Raises:
-        GenerationError: no recipe, an adapter is nowhere, or the base was a local model and `base` does not name it.
+        GenerationError: no recipe, an adapter or the picture it was drawn over is nowhere, or the base was a local
+            model and `base` does not name it.
         ModelError: the base cannot be had.
     """
     recipe = read_recipe(picture)
     base = base or _base_of_recipe(picture, recipe)
+    start = _start_of_recipe(picture, recipe, init_image, folders)
     files = []
     for record in recipe.adapters:
         found = find_by_tensor_hash(record.tensor_hash, folders, name=record.file)
@@ -110,20 +142,12 @@ def draw_again(picture: Path, *, base: str | None, folders: Sequence[Path], out_
                 f"below {places}. Name its folder with --lora-dir."
             )
         files.append((found, record.weight))
-    generator = Generator.from_base(base, precision=_PRECISIONS.get(recipe.precision, "auto"), warn=warn)
+    thrift = Thrift(vae_tiling=recipe.vae_tiling)
+    precision = _PRECISIONS.get(recipe.precision, "auto")
+    generator = Generator.from_base(base, precision=precision, thrift=thrift, warn=warn)
     names = _load_all(generator, [path for path, _ in files])
     _set_weights(generator, names, files)
-    request = GenerationRequest(
-        prompt=recipe.prompt,
-        negative_prompt=recipe.negative_prompt,
-        seed=recipe.seed,
-        num_inference_steps=recipe.num_inference_steps,
-        guidance_scale=recipe.guidance_scale,
-        height=recipe.height,
-        width=recipe.width,
-        scheduler=recipe.scheduler if recipe.scheduler in SCHEDULERS else None,
-    )
-    drawn = next(generator.draw(request))
+    drawn = next(generator.draw(recipe.request(start)))
     path = save_picture(drawn.image, _free_path(out_dir / picture.name), drawn.recipe)
     say(_likeness(picture, drawn.image, recipe, drawn.recipe))
     return path
@@ -276,6 +300,21 @@ def _base_of_recipe(picture: Path, recipe: Recipe) -> str:
     if recipe.base == "tiny" or re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.base):
         return recipe.base
     raise GenerationError(f"{picture} was drawn with the local model {recipe.base!r}. Say where it lies with --base.")
+
+
+def _start_of_recipe(picture: Path, recipe: Recipe, given: Path | None, folders: Sequence[Path]) -> Path | None:
+    """The picture that this one was drawn over: the given one, or one of its name beside this one or in the folders."""
+    if not recipe.init_hash:
+        return None
+    places = [picture.parent, Path(), *folders]
+    candidates = [given] if given else [place / recipe.init_image for place in places if recipe.init_image]
+    for path in candidates:
+        if path.is_file() and pixel_hash(decode_image(path)) == recipe.init_hash:
+            return path
+    if given is not None:
+        raise GenerationError(f"{given} is not the picture that {picture} was drawn over: its pixels differ.")
+    name = recipe.init_image or "a picture without a file"
+    raise GenerationError(f"{picture} was drawn over {name}, which was not found. Say where it lies with --init.")
 
 
 def _prompts_of_run(run_dir: RunDir, config: TrainConfig) -> tuple[str, ...]:

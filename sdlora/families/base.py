@@ -104,6 +104,21 @@ class ModelFamily(Protocol):
         ...
 
     @property
+    def image_to_image_class(self) -> Any:
+        """The diffusers pipeline that draws over a picture, from the same parts."""
+        ...
+
+    @property
+    def hidden_state_from_end(self) -> int:
+        """Which of the text encoders' hidden states the U-Net reads, counted from the end; 1 is the last."""
+        ...
+
+    @property
+    def hidden_state_normed(self) -> bool:
+        """Whether that hidden state goes through the text encoder's final norm."""
+        ...
+
+    @property
     def text_encoder_classes(self) -> tuple[Any, ...]:
         """One class per text encoder; encoder n lies in `text_encoder`, `text_encoder_2`, ..."""
         ...

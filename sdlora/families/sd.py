@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from torch import Tensor
 from transformers import CLIPTextModel
 
@@ -26,6 +26,18 @@ class StableDiffusionFamily:
     @property
     def pipeline_class(self) -> Any:
         return StableDiffusionPipeline
+
+    @property
+    def image_to_image_class(self) -> Any:
+        return StableDiffusionImg2ImgPipeline
+
+    @property
+    def hidden_state_from_end(self) -> int:
+        return 1
+
+    @property
+    def hidden_state_normed(self) -> bool:
+        return True
 
     @property
     def text_encoder_classes(self) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -26,6 +26,18 @@ class StableDiffusionXLFamily:
     @property
     def pipeline_class(self) -> Any:
         return StableDiffusionXLPipeline
+
+    @property
+    def image_to_image_class(self) -> Any:
+        return StableDiffusionXLImg2ImgPipeline
+
+    @property
+    def hidden_state_from_end(self) -> int:
+        return 2
+
+    @property
+    def hidden_state_normed(self) -> bool:
+        return False
 
     @property
     def text_encoder_classes(self) -> tuple[Any, ...]:
