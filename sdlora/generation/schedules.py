@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,8 +92,11 @@ class _BrownianNoise:
             self._sampler = BrownianTreeNoiseSampler(
                 torch.empty(len(self._seeds), *self._shape), low, high, self._seeds
             )
-        noise: Tensor = self._sampler(sigma, sigma_next).to(**self._place)
-        return noise
+        with warnings.catch_warnings():
+            # It warns where a sigma and the span's end differ by the rounding of fp32.
+            warnings.simplefilter("ignore", UserWarning)
+            noise: Tensor = self._sampler(sigma, sigma_next)
+        return noise.to(**self._place)
 
 
 def _nearly_zero_snr_betas(alphas_cumprod: Tensor) -> list[float]:
