@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -15,9 +15,11 @@ from rich.markup import escape
 from sdlora import __version__
 from sdlora.cli_data import app as data_app
 from sdlora.cli_lora import app as lora_app
+from sdlora.cli_runs import app as runs_app
 from sdlora.errors import GenerationError, SdloraError
 
 if TYPE_CHECKING:
+    from sdlora.config import TrainConfig
     from sdlora.generation import StepDrawn
 
 __all__ = ["app", "main"]
@@ -32,6 +34,7 @@ app = typer.Typer(
 )
 app.add_typer(lora_app)
 app.add_typer(data_app)
+app.add_typer(runs_app)
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -52,6 +55,17 @@ def _say(message: str) -> None:
 
 def _warn(message: str) -> None:
     err.print(f"[yellow]warning:[/] {escape(message)}")
+
+
+def _say_once(message: str) -> None:
+    """Of several processes that train together, the first one talks."""
+    if os.environ.get("RANK", "0") == "0":
+        _say(message)
+
+
+def _warn_once(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        _warn(message)
 
 
 def _version(value: bool) -> None:
@@ -82,7 +96,7 @@ def demo(
 
 @app.command()
 def check(data: DataFolder, trigger: Trigger = None) -> None:
-    """Look through a dataset: what was found, every problem, each remedy."""
+    """Look through a dataset: every problem, each remedy."""
     from sdlora.data.dataset import compose_caption, scan_dataset
 
     dataset = scan_dataset(data, trigger=trigger)
@@ -94,6 +108,45 @@ def check(data: DataFolder, trigger: Trigger = None) -> None:
     if trigger is None:
         _say('Without --trigger the style has no name of its own to be called by. Usual: --trigger "my ink style".')
     _say("This can be trained on.")
+
+
+@app.command()
+def plan(
+    data: Annotated[Path | None, typer.Argument(help="Folder with images and captions. It is only read.")] = None,
+    trigger: Trigger = None,
+    base: Base = None,
+    config: Annotated[Path | None, typer.Option("--config", help="TOML file; see docs/CONFIG.md.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="section.name=value, as often as needed.")] = None,
+    price: Annotated[float | None, typer.Option("--price", min=0, help="Of the machine for an hour.")] = None,
+    probe: Annotated[
+        bool | None, typer.Option("--probe/--no-probe", help="Make a few real steps. By itself on a GPU.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
+) -> None:
+    """Before training: steps, memory, time, disk and cost of it."""
+    given = {"data.path": data, "data.trigger": trigger, "model.base": base}
+    train_config = _train_config(config, given, settings or [])
+    from sdlora.data.dataset import scan_dataset
+
+    dataset = scan_dataset(
+        train_config.data.path, trigger=train_config.data.trigger, background=train_config.data.background_rgb
+    )
+    from sdlora.planning import describe, make_plan, way_out
+
+    planned = make_plan(train_config, dataset, probe=probe)
+    if as_json:
+        import json
+
+        facts = {"fits": planned.fits, "free_bytes": planned.free_bytes, "precision": planned.precision.name}
+        cost = None if price is None else planned.plan.cost(price)
+        typer.echo(json.dumps({**planned.plan.to_dict(), **facts, "cost": cost}))
+        return
+    for what, much, why in describe(planned, price_per_hour=price):
+        _say(f"{what:9} {much:>10}  {why}")
+    if not planned.plan.base_known:
+        _say(f"{train_config.model.base} is not on this computer; the shapes of its kind are assumed.")
+    for line in way_out(planned):
+        _say(line)
 
 
 @app.command()
@@ -121,9 +174,6 @@ def train(
     xformers: Annotated[bool, typer.Option("--xformers", help="Attention by xformers (CUDA only).")] = False,
 ) -> None:
     """Train a style LoRA on a folder of images."""
-    from sdlora import embedded
-    from sdlora.config import load_config
-
     given = {
         "data.path": data,
         "data.trigger": trigger,
@@ -140,22 +190,20 @@ def train(
         "output.dir": out_dir,
         "output.name": name,
     }
-    from_options = [f"{key}={_toml_value(value)}" for key, value in given.items() if value is not None]
-    suited = embedded.TRAINING if base == "tiny" and config is None else ()
-    train_config = load_config(config, [*suited, *from_options, *(settings or [])])
+    train_config = _train_config(config, given, settings or [])
 
     from sdlora.data.dataset import scan_dataset
 
     dataset = scan_dataset(
         train_config.data.path, trigger=train_config.data.trigger, background=train_config.data.background_rgb
     )
-    _say(f"{train_config.data.path}: {dataset.layout}")
+    _say_once(f"{train_config.data.path}: {dataset.layout}")
     for problem in dataset.warnings:
-        _warn(str(problem))
+        _warn_once(str(problem))
 
     from sdlora.workflows import train_with_progress
 
-    train_with_progress(train_config, dataset, say=_say, stream=sys.stdout)
+    train_with_progress(train_config, dataset, say=_say_once, stream=sys.stdout)
 
 
 @app.command()
@@ -169,7 +217,17 @@ def resume(
     """Go on with a run that was stopped, exactly where it was."""
     from sdlora.workflows import resume_with_progress
 
-    resume_with_progress(run, settings or [], allow_change=allow_change, say=_say, stream=sys.stdout)
+    resume_with_progress(run, settings or [], allow_change=allow_change, say=_say_once, stream=sys.stdout)
+
+
+def _train_config(config: Path | None, given: Mapping[str, object], settings: Sequence[str]) -> TrainConfig:
+    """File, options and `--set`, the last one wins; without a file the embedded base gets what suits it."""
+    from sdlora import embedded
+    from sdlora.config import load_config
+
+    from_options = [f"{key}={_toml_value(value)}" for key, value in given.items() if value is not None]
+    suited = embedded.TRAINING if given.get("model.base") == "tiny" and config is None else ()
+    return load_config(config, [*suited, *from_options, *settings])
 
 
 def _toml_value(value: object) -> str:
@@ -380,7 +438,7 @@ def compare(
     batch_size: Annotated[int, typer.Option("--batch-size", help="Pictures computed at once.")] = 4,
     path: Annotated[Path, typer.Option("--out", help="The sheet to write.")] = Path("outputs/compare.png"),
 ) -> None:
-    """One sheet of LoRAs (or a run's saves) by weights, prompts and seeds."""
+    """One sheet of LoRAs or of a run's saves, by weights and seeds."""
     from sdlora.request import GenerationRequest
 
     try:

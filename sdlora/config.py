@@ -78,6 +78,13 @@ class ModelConfig(_Section):
     gradient_checkpointing: bool = Field(default=False, strict=True)
     """Computes parts of the U-Net twice to keep less in memory: slower, for GPUs with little of it."""
 
+    channels_last: bool = Field(default=False, strict=True)
+    """Lays pictures out in memory with their channels side by side, which convolutions on newer GPUs prefer."""
+
+    compile: bool = Field(default=False, strict=True)
+    """Compiles the transformer blocks (torch.compile) when a run begins, once for each size of picture: worth it in
+    long runs. Needs a C++ compiler."""
+
 
 class DataConfig(_Section):
     """The pictures and their captions."""
@@ -183,7 +190,7 @@ class TrainSettings(_Section):
     """Start of every random choice. Same seed, same machine, same settings: same adapter."""
 
     save_every: Count | None = None
-    """Steps between saved adapters. None: five saves, evenly spread, the last at the end."""
+    """Steps between saved adapters. None: five saves, evenly spread, the last at the end; 20 with `validation.stop`."""
 
     log_every: Count = 1
     """Steps between progress events; each tells the mean loss since the one before."""
@@ -227,9 +234,11 @@ class ObjectiveConfig(_Section):
 class OptimizerConfig(_Section):
     """How the weights are changed."""
 
-    name: Literal["adamw", "adamw8bit", "adafactor", "lion", "prodigy"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "adafactor", "lion", "prodigy", "adamw-schedulefree"] = "adamw"
     """`lion` takes a third to a tenth of AdamW's learning rate, `prodigy` finds its own and takes 1. `adamw8bit` and
-    `prodigy` need `pip install sdlora[optimizers]`."""
+    `prodigy` need `pip install sdlora[optimizers]`. `adamw-schedulefree` (arXiv 2405.15682) averages instead of
+    lowering its rate, so that any save is as good as the end of a run of that length; `schedule` does not matter to it.
+    It needs `pip install sdlora[schedulefree]`."""
 
     schedule: Literal["cosine", "cosine-restarts", "linear", "constant"] = "cosine"
     """The learning rate after the warm-up."""
@@ -250,6 +259,8 @@ class OptimizerConfig(_Section):
     def _one_rate_for_prodigy(self) -> Self:
         if self.name == "prodigy" and self.lora_plus_ratio != 1:
             raise ValueError("prodigy finds one learning rate for all; it cannot have a lora_plus_ratio")
+        if self.name == "adamw-schedulefree" and (self.ema_decay or self.max_norm):
+            raise ValueError("adamw-schedulefree averages by itself; it goes with neither ema_decay nor max_norm")
         return self
 
 
@@ -262,6 +273,14 @@ class ValidationConfig(_Section):
 
     timesteps: Count = 4
     """Noise levels per picture."""
+
+    stop: Literal["never", "patience", "plateau"] = "never"
+    """Ends the run when the held-out loss has told enough: `patience` when its lowest value is `stop_after`
+    measurements old, `plateau` when the last `stop_after` hardly vary any more (DVAR, arXiv 2302.04841). With either,
+    20 saves are made instead of five unless `train.save_every` says otherwise."""
+
+    stop_after: Annotated[int, Field(strict=True, ge=2)] = 5
+    """Measurements that `stop` looks back on."""
 
     keep_best: bool = Field(default=True, strict=True)
     """The save with the lowest held-out loss becomes the result; all others stay in `checkpoints`."""
@@ -293,6 +312,11 @@ class OutputConfig(_Section):
     """Name of the run's folder and of the adapter file. None: the name of the data folder. A folder that exists is
     never reused: `-2`, `-3`, ... is added to the folder's name."""
 
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Also sends the numbers of the run there: losses, learning rate, speed and the settings of training; no captions,
+    pictures or paths. Each needs its package: `pip install sdlora[tensorboard]`, `[wandb]`, `[trackio]`. TensorBoard
+    writes into the run's folder, the other two to where they are set up to."""
+
     @field_validator("name")
     @classmethod
     def _safe_file_name(cls, value: str | None) -> str | None:
@@ -323,6 +347,12 @@ class TrainConfig(_Section):
             return self.output.name
         stem = re.sub(r"[^A-Za-z0-9_-]+", "-", self.data.path.resolve().name).strip("-_")[:80]
         return stem if stem and stem.lower() not in _RESERVED else "adapter"
+
+    @model_validator(mode="after")
+    def _stops_by_something(self) -> Self:
+        if self.validation.stop != "never" and self.validation.path is None:
+            raise ValueError("validation.stop needs held-out pictures: give their folder as validation.path")
+        return self
 
 
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -11,6 +11,7 @@
     │   └── DuplicateAdapterError       the name is taken
     ├── TrainingError               6   training cannot start or go on
     │   ├── CheckpointError             a saved state cannot be written, read or gone on from
+    │   ├── MemoryShortError            the memory of the GPU or the computer does not suffice
     │   ├── NonFiniteError              a NaN or Inf where training would be spoilt by it
     │   └── NothingToTrainError         no module matches the targets
     └── GenerationError             7   a picture cannot be drawn as asked
@@ -33,6 +34,7 @@ __all__ = [
     "DatasetError",
     "DuplicateAdapterError",
     "GenerationError",
+    "MemoryShortError",
     "ModelError",
     "NonFiniteError",
     "NothingToTrainError",
@@ -144,6 +146,14 @@ class CheckpointError(TrainingError):
 
 class NonFiniteError(TrainingError):
     """A NaN or Inf appeared; training stopped before it could spoil the weights."""
+
+
+class MemoryShortError(TrainingError):
+    """The memory did not suffice; `advice` is what to change, the cheapest first."""
+
+    def __init__(self, doing: str, advice: Sequence[str]):
+        self.doing, self.advice = doing, tuple(advice)
+        super().__init__("\n".join([f"Out of memory while {doing}.", *self.advice]))
 
 
 class NothingToTrainError(TrainingError):

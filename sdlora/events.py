@@ -64,12 +64,14 @@ class PreviewReady:
 class ValidationDone:
     """The mean loss after `step` steps on held-out images and on as many training images, with fixed noise.
 
-    While the style is learnt both fall; when only `training_loss` still falls, the images are being copied.
+    While the style is learnt both fall; when only `training_loss` still falls, the images are being copied: `copying`
+    is how much further it fell than the other, as a share of the first measurement (None: there is none).
     """
 
     step: int
     held_out_loss: float
     training_loss: float
+    copying: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,8 @@ class RunFinished:
     """The run is over and its adapter lies at `path`; `stopped_early` says that fewer steps than planned were made.
 
     `best_step` is the save with the lowest held-out loss (None: there were no held-out images); unless the run was
-    stopped early or told otherwise, `path` is the adapter of that step.
+    stopped early or told otherwise, `path` is the adapter of that step. `converged` says that the held-out loss ended
+    it (`validation.stop`), which is a whole run.
     """
 
     step: int
@@ -85,6 +88,7 @@ class RunFinished:
     seconds: float
     stopped_early: bool = False
     best_step: int | None = None
+    converged: bool = False
 
 
 Event: TypeAlias = StepDone | CheckpointSaved | PreviewReady | ValidationDone | RunFinished

@@ -10,6 +10,7 @@ from sdlora.config import TrainConfig
 __all__ = ["LengthPlan", "plan_length"]
 
 DEFAULT_SAVES = 5
+SAVES_TO_STOP_BY = 20
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,12 @@ class LengthPlan:
     explanation: str
 
 
-def plan_length(num_images_with_repeats: int, config: TrainConfig) -> LengthPlan:
+def plan_length(
+    num_images_with_repeats: int, config: TrainConfig, *, examples_per_step: int | None = None
+) -> LengthPlan:
     """The length of a run over that many images, each counted as often as its folder repeats it.
+
+    `examples_per_step` is what all processes see in a step (None: there is one process).
 
     Raises:
         ValueError: there are no images.
@@ -33,15 +38,18 @@ def plan_length(num_images_with_repeats: int, config: TrainConfig) -> LengthPlan
         raise ValueError("a run needs at least one image")
     train = config.train
     exposures = num_images_with_repeats * train.exposures
-    per_step = train.batch_size * train.gradient_accumulation
+    alone = train.batch_size * train.gradient_accumulation
+    per_step = examples_per_step or alone
     steps = math.ceil(exposures / per_step)
     warmup_steps = round(steps * train.warmup_fraction)
-    save_every = train.save_every or math.ceil(steps / DEFAULT_SAVES)
+    saves = DEFAULT_SAVES if config.validation.stop == "never" else SAVES_TO_STOP_BY
+    save_every = train.save_every or math.ceil(steps / saves)
     save_steps = (*range(save_every, steps, save_every), steps)
     accumulated = f" x {train.gradient_accumulation} accumulated" if train.gradient_accumulation > 1 else ""
+    explained = f"{train.batch_size}{accumulated}" if per_step == alone else f"{per_step}"
     explanation = (
         f"{num_images_with_repeats} images x {train.exposures} exposures = {exposures} pictures seen; "
-        f"at {train.batch_size}{accumulated} a step that is {steps} steps, "
+        f"at {explained} a step that is {steps} steps, "
         f"{warmup_steps} of them warm-up ({train.warmup_fraction:.0%}), "
         f"with {len(save_steps)} {'save' if len(save_steps) == 1 else 'saves'} (every {min(save_every, steps)} steps)."
     )

@@ -17,7 +17,10 @@ from sdlora.errors import TrainingError
 __all__ = [
     "AdapterAverage",
     "Lion",
+    "averaged_weights",
     "build_optimizer",
+    "can_guard_itself",
+    "is_schedule_free",
     "learning_rate_at",
     "limit_norms",
     "optimizer_facts",
@@ -29,8 +32,12 @@ __all__ = [
 _FROM_SETTINGS = ("lr", "lr_scale", "weight_decay")
 
 
-def build_optimizer(named: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    named: Mapping[str, nn.Parameter], config: TrainConfig, *, fused: bool = False
+) -> torch.optim.Optimizer:
     """The optimizer that `config.optimizer.name` asks for, over `PATH.down` and `PATH.up`.
+
+    `fused` takes AdamW's kernel that updates all tensors at once, which rounds otherwise.
 
     The up factors learn `lora_plus_ratio` times as fast (LoRA+, arXiv 2402.12354); then they are a group of their own,
     whose `lr_scale` says so.
@@ -47,7 +54,7 @@ def build_optimizer(named: Mapping[str, nn.Parameter], config: TrainConfig) -> t
         ]
     options: dict[str, Any] = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
     if settings.name == "adamw":
-        return torch.optim.AdamW(groups, **options)
+        return torch.optim.AdamW(groups, **options, fused=True if fused else None)
     if settings.name == "adafactor":
         return torch.optim.Adafactor(groups, **options)
     if settings.name == "lion":
@@ -55,15 +62,43 @@ def build_optimizer(named: Mapping[str, nn.Parameter], config: TrainConfig) -> t
     module, cls, extra = {
         "prodigy": ("prodigyopt", "Prodigy", {"use_bias_correction": True, "safeguard_warmup": True}),
         "adamw8bit": ("bitsandbytes.optim", "AdamW8bit", {}),
+        "adamw-schedulefree": ("schedulefree", "AdamWScheduleFree", {}),
     }[settings.name]
+    extra_package = "schedulefree" if module == "schedulefree" else "optimizers"
     try:
         found = getattr(importlib.import_module(module), cls)
     except ImportError as error:
         raise TrainingError(
-            f"The optimizer {settings.name} needs a package that is not installed: `pip install sdlora[optimizers]`."
+            f"The optimizer {settings.name} needs a package that is not installed: "
+            f"`pip install sdlora[{extra_package}]`."
         ) from error
     optimizer: torch.optim.Optimizer = found(groups, **options, **extra)
+    if is_schedule_free(optimizer):
+        optimizer.train()  # type: ignore[attr-defined]
     return optimizer
+
+
+def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the weights to be used are an average that the optimizer keeps (arXiv 2405.15682)."""
+    return all("weight_sum" in group for group in optimizer.param_groups)
+
+
+@contextmanager
+def averaged_weights(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """The adapter is the schedule-free optimizer's average for the length of a `with` block, and itself again after."""
+    live = {name: parameter.detach().clone() for name, parameter in named.items()}
+    optimizer.eval()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        # Its own way back rounds, and a run must not depend on how often it was looked at.
+        optimizer.train()  # type: ignore[attr-defined]
+        _write(named, live)
+
+
+def can_guard_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step with `optimizer.found_inf` set to 1 leaves weights and state alone, without asking the host."""
+    return isinstance(optimizer, torch.optim.AdamW) and all(group["fused"] for group in optimizer.param_groups)
 
 
 class Lion(torch.optim.Optimizer):
@@ -152,16 +187,17 @@ class AdapterAverage:
     def in_place(self) -> Iterator[None]:
         """The adapter is its own average for the length of a `with` block."""
         live = {name: parameter.detach().clone() for name, parameter in self._named.items()}
-        self._write(self.shadow)
+        _write(self._named, self.shadow)
         try:
             yield
         finally:
-            self._write(live)
+            _write(self._named, live)
 
-    @torch.no_grad()
-    def _write(self, values: Mapping[str, Tensor]) -> None:
-        for name, parameter in self._named.items():
-            parameter.copy_(values[name])
+
+@torch.no_grad()
+def _write(named: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in named.items():
+        parameter.copy_(values[name])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -200,7 +236,8 @@ def restore_optimizer(
     for place, value in (*tensors.items(), *facts["numbers"].items()):
         key, _, name = place.partition("/")
         parameter = named[name]
-        if isinstance(value, Tensor) and value.ndim > 0:
+        # The number of steps stays on the CPU, but for the fused kernel, which reads it on the device.
+        if isinstance(value, Tensor) and (value.ndim > 0 or can_guard_itself(optimizer)):
             value = value.to(parameter.device)
         optimizer.state[parameter][key] = value
     for group, numbers in zip(optimizer.param_groups, facts["groups"], strict=True):

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from sdlora.cache import DiskCache
-from sdlora.data.buckets import CropPlan, make_buckets, plan_crop
+from sdlora.data.buckets import CropPlan, bucket_step, make_buckets, plan_crop
 from sdlora.data.content import content_hash, require_content
 from sdlora.data.dataset import ImageCaption, compose_caption
 from sdlora.data.pixels import load_pixels
@@ -23,8 +23,6 @@ from sdlora.families.base import Components, PromptEmbeds
 from sdlora.latents import LatentDistribution, LatentEncoder
 
 __all__ = ["EMPTY_PROMPT_ROW", "LatentDistribution", "PreparedExample", "TrainingSet", "View", "prepare_training_set"]
-
-_BUCKET_STEP = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,8 +123,7 @@ def _buckets(components: Components, resolution: int) -> tuple[tuple[int, int], 
         near = max(step, round(resolution / step) * step)
         what = f"this base needs a multiple of {step} (got {resolution})."
         raise ConfigError("the settings", [Problem("data.resolution", what, f"Take {near}.")])
-    # Finer steps than 64 only make more buckets with fewer images each, once pictures are large.
-    return make_buckets(resolution, step=step if resolution < 8 * _BUCKET_STEP else max(step, _BUCKET_STEP))
+    return make_buckets(resolution, step=bucket_step(resolution, step))
 
 
 def _view(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ __all__ = ["PreviewDrawer"]
 
 
 class PreviewDrawer:
-    """Draws `settings.prompts` at the base's own size by DDIM; call it with the step, get the files it wrote."""
+    """Draws `settings.prompts` at the base's own size by DDIM; `into` a run's folder it is a function of the step."""
 
     def __init__(
         self,
@@ -29,17 +31,22 @@ class PreviewDrawer:
         settings: PreviewConfig,
         resolution: int,
         precision: Precision,
-        run_dir: RunDir,
     ):
-        self._components, self._settings, self._resolution = components, settings, resolution
-        self._precision, self._run_dir = precision, run_dir
+        self._settings, self._resolution = settings, resolution
+        self._precision = precision
         self._prompts = components.family.encode_prompts(components, settings.prompts)
         self._empty = components.family.encode_empty_prompt(components)
+        # Only U-Net and VAE are needed from here on.
+        self._components = replace(components, tokenizers=(), text_encoders=())
 
-    def __call__(self, step: int) -> list[Path]:
+    def into(self, run_dir: RunDir) -> Callable[[int], list[Path]]:
+        """Draws every prompt at a step; returns the files."""
+        return partial(self._draw_all, run_dir)
+
+    def _draw_all(self, run_dir: RunDir, step: int) -> list[Path]:
         paths = []
         for index in range(len(self._prompts)):
-            path = self._run_dir.preview_path(step, index)
+            path = run_dir.preview_path(step, index)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._draw(index).save(path)
             paths.append(path)

@@ -170,11 +170,17 @@ def _sentence(event: CheckpointSaved | PreviewReady | ValidationDone | RunFinish
             return (
                 f"step {event.step}: loss on held-out pictures {event.held_out_loss:.4f}, "
                 f"on those trained on {event.training_loss:.4f}"
+                + (f" (copying {event.copying:+.1%})" if event.copying is not None else "")
             )
         case RunFinished(stopped_early=True):
             return (
                 f"Stopped after step {event.step}. What was learnt so far lies in {event.path} and can be used. "
                 f"To go on: sdlora resume {Path(event.path).parent}"
+            )
+        case RunFinished(converged=True):
+            return (
+                f"Finished after {event.step} steps in {_duration(event.seconds)}: the held-out loss no longer fell. "
+                f"Lowest after step {event.best_step}. {event.path}"
             )
         case RunFinished() if event.best_step is not None:
             return (

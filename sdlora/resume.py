@@ -34,8 +34,8 @@ CHANGE_CLASSES: dict[str, Meaning] = {
     "lora.dropout": "changes the run",
     "lora.targets": "impossible",
     "train.exposures": "changes the run",
-    "train.batch_size": "impossible",
-    "train.gradient_accumulation": "impossible",
+    "train.batch_size": "safe",
+    "train.gradient_accumulation": "safe",
     "train.learning_rate": "changes the run",
     "train.warmup_fraction": "changes the run",
     "train.weight_decay": "changes the run",
@@ -44,6 +44,8 @@ CHANGE_CLASSES: dict[str, Meaning] = {
     "train.max_grad_norm": "changes the run",
     "train.seed": "changes the run",
     "model.gradient_checkpointing": "safe",
+    "model.channels_last": "safe",
+    "model.compile": "safe",
     "objective.loss": "changes the run",
     "objective.huber_delta": "changes the run",
     "objective.weighting": "changes the run",
@@ -61,6 +63,8 @@ CHANGE_CLASSES: dict[str, Meaning] = {
     "train.log_every": "free",
     "validation.path": "impossible",
     "validation.timesteps": "impossible",
+    "validation.stop": "changes the run",
+    "validation.stop_after": "changes the run",
     "validation.keep_best": "free",
     "preview.prompts": "free",
     "preview.num_inference_steps": "free",
@@ -68,10 +72,12 @@ CHANGE_CLASSES: dict[str, Meaning] = {
     "preview.seed": "free",
     "output.dir": "free",
     "output.name": "impossible",
+    "output.tracker": "free",
 }
 """What a changed setting does to a run that goes on. `free`: the adapter stays the same (what base and pictures hold is
 compared by itself, wherever they lie). `safe`: the same but for rounding. `changes the run`: another adapter than
-without the stop. `impossible`: the saved state does not fit it. A test sees to it that every setting is here."""
+without the stop. `impossible`: the saved state does not fit it. A run keeps the pictures a step that it was begun with,
+whatever batch size they are computed in now. A test sees to it that every setting is here."""
 
 
 @dataclass(frozen=True)

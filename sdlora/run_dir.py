@@ -1,6 +1,6 @@
 """The folder of one run: what its files are called, and how they are written so that none is ever half there.
 
-outputs/NAME[-2]/  config.toml  dataset.json  events.jsonl  NAME.safetensors  .lock
+outputs/NAME[-2]/  config.toml  dataset.json  events.jsonl  NAME.safetensors  ranking.json  .lock
     checkpoints/step-000400/NAME-step-000400.safetensors    the adapter, to draw with
     state/step-000400/                                      what is needed to go on exactly (checkpoint.py)
     previews/step-000400/0.png
@@ -51,6 +51,11 @@ class RunDir:
     def events_path(self) -> Path:
         """One line of JSON per event."""
         return self.root / "events.jsonl"
+
+    @property
+    def ranking_path(self) -> Path:
+        """Its saves, the best first."""
+        return self.root / "ranking.json"
 
     @property
     def adapter_path(self) -> Path:

@@ -11,7 +11,7 @@ import datetime
 import hashlib
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -38,20 +38,28 @@ from sdlora.objective import (
 )
 from sdlora.optimizers import (
     AdapterAverage,
+    averaged_weights,
     build_optimizer,
+    can_guard_itself,
+    is_schedule_free,
     learning_rate_at,
     limit_norms,
 )
+from sdlora.passes import ForwardPass, StepNumbers, StepRead, read_steps
 from sdlora.precision import Precision
 from sdlora.prepare import TrainingSet
+from sdlora.processes import ALONE, Processes
 from sdlora.randomness import counter_seed
 from sdlora.run_dir import RunDir
+from sdlora.stopping import copying, has_learnt
 from sdlora.trainer_state import Trained, TrainerState, pack_state, unpack_state
+from sdlora.unet_modes import enter_modes, leave_modes
 
 __all__ = ["Trainer"]
 
 _ADAPTER_NAME = "lora"
 _MAX_SKIPPED_IN_A_ROW = 20
+_COUNTERS_APART = 1_000_000
 _STATE_SECONDS = 300.0
 """A state is saved at least this often, so that a power cut costs minutes and not the hours between two saves."""
 
@@ -63,7 +71,8 @@ class Trainer:
     never changed. `draw_previews`, called after a save with the step, returns the pictures it drew. With a `checkpoint`
     the run goes on after its step, as if it had never stopped; `facts` are put into every checkpoint written. With a
     `validation_set` the loss on it, always with the same noise, is measured before the first step and at every save,
-    and the adapter of the save where it was lowest becomes the result.
+    and the adapter of the save where it was lowest becomes the result. Several `processes` share the steps of one run:
+    each has a trainer of the same arguments, the first one saves, validates and draws.
     """
 
     def __init__(
@@ -78,6 +87,7 @@ class Trainer:
         validation_set: TrainingSet | None = None,
         checkpoint: Checkpoint | None = None,
         facts: Mapping[str, Any] | None = None,
+        processes: Processes = ALONE,
     ):
         """
         Raises:
@@ -89,7 +99,8 @@ class Trainer:
             raise ModelError(f"{components.source} predicts {components.prediction_type!r}, which is not supported.")
         self._config, self._components, self._training_set = config, components, training_set
         self._run_dir, self._precision, self._draw_previews = run_dir, precision, draw_previews
-        self._validation_set = validation_set
+        self._validation_set, self._processes = validation_set, processes
+        self._examples_per_step = _examples_per_step(config, checkpoint, processes)
         self._unet, self._device = components.unet, components.unet.device
         self._prediction_type = to_prediction_type(components.prediction_type)
         self._alphas_cumprod: Tensor = components.noise_scheduler.alphas_cumprod.to(self._device, torch.float32)
@@ -99,10 +110,12 @@ class Trainer:
             group_size=self._examples_per_step,
             seed=config.train.seed,
         )
-        self.plan: LengthPlan = plan_length(len(self._entries), config)
+        self.plan: LengthPlan = plan_length(len(self._entries), config, examples_per_step=self._examples_per_step)
         self.finished: RunFinished | None = None
-        self._facts = dict(facts or {})
-        self._stop_requested = self._in_update = False
+        self._facts = {**(facts or {}), "num_steps": self.plan.steps}
+        self._stop_requested = self._stops_together = self._in_update = False
+        self._unseen: list[StepNumbers] = []
+        self._bad: Tensor | None = None
         self._started = self._saved_at = time.perf_counter()
         attach_lora(
             self._unet,
@@ -115,13 +128,20 @@ class Trainer:
         )
         self._named = named_parameters(self._unet, _ADAPTER_NAME)
         self._parameters = list(self._named.values())
-        self._optimizer = build_optimizer(self._named, config)
+        self._optimizer = build_optimizer(self._named, config, fused=self._device.type == "cuda")
         self._average = AdapterAverage(self._named, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
         self._scaler = precision.grad_scaler()
-        if config.model.gradient_checkpointing:
-            self._unet.enable_gradient_checkpointing()
+        enter_modes(self._unet, config.model)
         self._trained = Trained(self._named, self._optimizer, self._scaler, self._average)
         self.state = self._restore(checkpoint) if checkpoint is not None else TrainerState()
+        self.state.examples_per_step = self._examples_per_step
+        self._guards_itself = (
+            can_guard_itself(self._optimizer)
+            and self._scaler is None
+            and self._average is None
+            and not config.optimizer.max_norm
+            and processes.is_alone
+        )
 
     def request_stop(self) -> None:
         """Asks the run to end after the step it is in, saved and finished in order. Safe in a signal handler."""
@@ -154,22 +174,21 @@ class Trainer:
                 raise
             self.finished = self._finish()
         finally:
-            if self._config.model.gradient_checkpointing:
-                self._unet.disable_gradient_checkpointing()
+            leave_modes(self._unet, self._config.model)
             self._unet.eval()
             detach_lora(self._unet)
         yield self.finished
 
     @property
-    def _examples_per_step(self) -> int:
-        return self._config.train.batch_size * self._config.train.gradient_accumulation
+    def _is_done(self) -> bool:
+        return self.state.step >= self.plan.steps or self.state.converged
 
     def _steps(self) -> Iterator[Event]:
         self._rehearse()
         if self.state.step == 0:
             yield from self._validate()
         last_time, last_step = time.perf_counter(), self.state.step
-        while self.state.step < self.plan.steps and not self._stop_requested:
+        while not self._is_done and not self._stops:
             learning_rate = self._set_learning_rate()
             grad_norm = self._step()
             step, losses = self.state.step, self.state.losses
@@ -192,6 +211,12 @@ class Trainer:
                 last_time = time.perf_counter()
             elif time.perf_counter() - self._saved_at > _STATE_SECONDS:
                 self._save_state()
+        self._look()
+
+    @property
+    def _stops(self) -> bool:
+        """Processes that work together only stop after a step in which all have heard of it."""
+        return self._stop_requested if self._processes.is_alone else self._stops_together
 
     def _rehearse(self) -> None:
         """One pass at the largest size, thrown away, so that too little memory shows now and not after an hour."""
@@ -205,20 +230,41 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
 
     def _step(self) -> float | None:
-        """One optimizer step, its mean loss kept in the state; the gradient's norm, or None if it was skipped."""
-        first = self.state.step * self._examples_per_step
-        exposures = [(n, self._entries[self._order.entry(n)]) for n in range(first, first + self._examples_per_step)]
+        """One optimizer step, its mean loss kept in the state; the gradient's norm, or None if it was skipped or not
+        looked at yet."""
+        first, count = self.state.step * self._examples_per_step, self._examples_per_step
+        exposures = [(n, self._entries[self._order.entry(n)]) for n in range(first, first + count)]
         self._optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for number, batch in enumerate(self._batches(exposures)):
-            losses = self._losses(batch, dropout_counters=(self.state.step, number))
-            self._require_finite(losses.detach(), batch)
-            mean = losses.sum() / len(exposures)
-            torch.autograd.backward(self._scaler.scale(mean) if self._scaler else mean)
-            total += mean.item()
-        grad_norm = self._update()
-        self.state.losses.append(total)
-        return grad_norm
+        passes = [
+            self._pass(number, batch) for number, batch in enumerate(self._batches(self._processes.part(exposures)))
+        ]
+        shared = self._exchange(passes)
+        if self._scaler is not None:
+            self._scaler.unscale_(self._optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._config.train.max_grad_norm)
+        self._unseen.append(StepNumbers(self.state.step + 1, tuple(passes), norm))
+        if self._may_look_later:
+            self._update_unseen()
+            return None
+        return self._update(shared)
+
+    def _pass(self, number: int, batch: Batch) -> ForwardPass:
+        """Forward and backward of one batch; its gradients are added to those of the step."""
+        # The first process counts as if it were alone.
+        counters = (self.state.step, number + _COUNTERS_APART * self._processes.rank)
+        losses = self._losses(batch, dropout_counters=counters)
+        share = losses.sum() / self._examples_per_step
+        torch.autograd.backward(self._scaler.scale(share) if self._scaler else share)
+        return ForwardPass(losses.detach(), share.detach(), batch.names, batch.timesteps)
+
+    def _exchange(self, passes: Sequence[ForwardPass]) -> Tensor | None:
+        """Adds up gradients over the processes; the sums of loss, stop requests and losses that are not finite."""
+        if self._processes.is_alone:
+            return None
+        bad = sum(~one.losses.isfinite().all() for one in passes)
+        numbers = [sum(one.share for one in passes), self._stop_requested, bad]
+        told = torch.stack([torch.as_tensor(number, dtype=torch.float32, device=self._device) for number in numbers])
+        return self._processes.sum_gradients(self._parameters, told)
 
     def _batches(
         self,
@@ -266,13 +312,64 @@ class Trainer:
             return nullcontext()
         return _seeded_global(counter_seed(self._config.train.seed, "lora-dropout", *counters), self._device)
 
-    def _update(self) -> float | None:
-        """Clips and applies the gradients; their norm before clipping, or None if they overflowed and were dropped."""
-        if self._scaler is not None:
-            self._scaler.unscale_(self._optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._config.train.max_grad_norm).item()
+    @property
+    def _may_look_later(self) -> bool:
+        """Whether the numbers of the coming step can stay on the device: only where it keeps bad ones off the weights
+        by itself, and nobody asks for them yet."""
+        step = self.state.step + 1
+        asked = step % self._config.train.log_every == 0 or step == self.plan.steps or step in self.plan.save_steps
+        return self._guards_itself and not asked
+
+    def _update_unseen(self) -> None:
+        """Applies the gradients; the optimizer leaves the weights alone after the first number that is not finite."""
+        bad = self._unseen[-1].is_bad
+        self._bad = bad if self._bad is None else torch.maximum(self._bad, bad)
+        self._optimizer.found_inf = self._bad  # type: ignore[attr-defined]
         self._in_update = True
-        applied = self._apply_scaled(self._scaler) if self._scaler is not None else self._apply(grad_norm)
+        self._optimizer.step()
+        self.state.step += 1
+        self._in_update = False
+
+    def _look(self) -> StepRead | None:
+        """Fetches the numbers of all steps since the last look, and returns the last one's.
+
+        Raises:
+            NonFiniteError: a loss is not finite; the weights are those of the step before it.
+        """
+        unseen, self._unseen, self._bad = self._unseen, [], None
+        last = None
+        for last in read_steps(unseen):
+            if self._guards_itself and (last.bad or not math.isfinite(last.grad_norm)):
+                self.state.step = last.step - 1
+            last.require_finite()
+            if self._scaler is None and self._processes.is_alone:
+                self._require_finite_gradient(last)
+            self.state.losses.append(last.loss)
+        return last
+
+    def _require_finite_gradient(self, read: StepRead) -> None:
+        if not math.isfinite(read.grad_norm):
+            raise NonFiniteError(
+                f"Step {read.step}: the gradient is NaN or Inf. The weights of the step before are kept. "
+                "Lower train.learning_rate."
+            )
+
+    def _update(self, shared: Tensor | None) -> float | None:
+        """Looks at the step and applies its gradients; their norm before clipping, or None if they overflowed fp16 and
+        were dropped."""
+        read = self._look()
+        assert read is not None
+        if shared is not None:
+            self._take_shared(shared)
+            if self._scaler is None:
+                self._require_finite_gradient(read)
+        applied = math.isfinite(read.grad_norm)
+        self._in_update = True
+        if applied:
+            self._optimizer.step()
+        if self._scaler is not None:
+            # Lowers the scale after an overflow, which `unscale_` has noted.
+            self._scaler.update()
         self.state.step += 1
         self.state.skipped += not applied
         if applied:
@@ -284,24 +381,15 @@ class Trainer:
                 f"Step {self.state.step}: the gradients overflowed fp16 {_MAX_SKIPPED_IN_A_ROW} times in a row. "
                 "Lower train.learning_rate, or use --precision bf16 or fp32."
             )
-        return grad_norm if applied else None
+        return read.grad_norm if applied else None
 
-    def _apply(self, grad_norm: float) -> bool:
-        if not math.isfinite(grad_norm):
-            self._in_update = False
-            raise NonFiniteError(
-                f"Step {self.state.step + 1}: the gradient is NaN or Inf. The weights of the step before are kept. "
-                "Lower train.learning_rate."
-            )
-        self._optimizer.step()
-        return True
-
-    def _apply_scaled(self, scaler: torch.amp.GradScaler) -> bool:
-        """A scaler leaves the weights alone when a gradient is NaN or Inf, and then lowers its scale."""
-        scale = scaler.get_scale()
-        scaler.step(self._optimizer)
-        scaler.update()
-        return scaler.get_scale() >= scale
+    def _take_shared(self, shared: Tensor) -> None:
+        """The step's loss over all processes; they stop together, for a signal as for a loss that is not finite."""
+        loss, stops, bad = shared.tolist()
+        if bad:
+            raise NonFiniteError(f"Step {self.state.step + 1}: the loss is NaN or Inf in another process.")
+        self.state.losses[-1] = loss
+        self._stops_together = stops > 0
 
     def _after_update(self) -> None:
         if self._config.optimizer.max_norm:
@@ -317,34 +405,22 @@ class Trainer:
             peak=self._config.train.learning_rate,
             warmup_steps=self.plan.warmup_steps,
             num_steps=self.plan.steps,
-            schedule=self._config.optimizer.schedule,
+            schedule="constant" if is_schedule_free(self._optimizer) else self._config.optimizer.schedule,
             restarts=self._config.optimizer.restarts,
         )
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
         return learning_rate
 
-    def _require_finite(self, losses: Tensor, batch: Batch) -> None:
-        finite = losses.isfinite().tolist()
-        if all(finite):
-            return
-        names = ", ".join(name for name, fine in zip(batch.names, finite, strict=True) if not fine)
-        timesteps = ", ".join(str(t) for t, fine in zip(batch.timesteps.tolist(), finite, strict=True) if not fine)
-        raise NonFiniteError(
-            f"Step {self.state.step + 1}: the loss is NaN or Inf for {names} (timestep {timesteps}). "
-            "The weights of the step before are kept. Lower train.learning_rate, or use --precision bf16 or fp32."
-        )
-
     def _save_and_draw(self, step: int) -> Iterator[Event]:
         yield from self._validate()
         # The last one is the result itself, unless an earlier one may become that.
         if step < self.plan.steps or self._validation_set is not None:
             path = self._run_dir.checkpoint_adapter_path(step)
-            path.parent.mkdir(parents=True, exist_ok=True)
             self._write(path)
             self._save_state()
             yield CheckpointSaved(step=step, path=str(path))
-        if self._draw_previews is not None:
+        if self._draw_previews is not None and self._processes.is_main:
             self._unet.eval()
             with self._as_saved():
                 pictures = self._draw_previews(step)
@@ -357,13 +433,27 @@ class Trainer:
         if self._validation_set is None:
             return
         count = self._config.validation.timesteps
-        self._unet.eval()
-        with self._as_saved(), torch.no_grad():
-            held_out = self._fixed_loss(self._validation_set, count)
-            trained_on = self._fixed_loss(self._training_set, count)
-        self._unet.train()
-        self.state.validations[str(self.state.step)] = held_out
-        yield ValidationDone(step=self.state.step, held_out_loss=held_out, training_loss=trained_on)
+        held_out = trained_on = 0.0
+        if self._processes.is_main:
+            self._unet.eval()
+            with self._as_saved(), torch.no_grad():
+                held_out = self._fixed_loss(self._validation_set, count)
+                trained_on = self._fixed_loss(self._training_set, count)
+            self._unet.train()
+        # Rounding may differ between devices, and all must agree when to stop.
+        held_out, trained_on = self._processes.from_main((held_out, trained_on))
+        state, settings = self.state, self._config.validation
+        state.validations[str(state.step)], state.own_losses[str(state.step)] = held_out, trained_on
+        state.converged = has_learnt(list(state.validations.values()), rule=settings.stop, after=settings.stop_after)
+        copied = None
+        if "0" in state.own_losses and state.step > 0:
+            copied = copying(
+                own_before=state.own_losses["0"],
+                own_now=trained_on,
+                held_out_before=state.validations["0"],
+                held_out_now=held_out,
+            )
+        yield ValidationDone(step=state.step, held_out_loss=held_out, training_loss=trained_on, copying=copied)
 
     def _fixed_loss(self, images: TrainingSet, count: int) -> float:
         assert self._validation_set is not None
@@ -382,47 +472,63 @@ class Trainer:
 
     def _finish(self) -> RunFinished:
         path, best = self._run_dir.adapter_path, self._best_step()
-        if best is not None and best < self.state.step == self.plan.steps and self._config.validation.keep_best:
+        keeps_best = best is not None and best < self.state.step and self._config.validation.keep_best
+        if best is not None and keeps_best and self._is_done and self._processes.is_main:
             pairs = read_adapter(self._run_dir.checkpoint_adapter_path(best)).unet
             self._write(path, pairs, step=best)
         else:
             self._write(path)
+        self.state.finished = self._is_done
         self._save_state()
         return RunFinished(
             step=self.state.step,
             path=str(path),
             seconds=time.perf_counter() - self._started,
-            stopped_early=self.state.step < self.plan.steps,
+            stopped_early=not self._is_done,
             best_step=best,
+            converged=self.state.converged,
         )
 
     def _save_after(self, error: BaseException) -> None:
-        if self.state.step == 0 or self._in_update:
+        if self.state.step == 0 or self._in_update or not self._processes.is_main:
             return
         try:
+            self._look()
             self.finished = self._finish()
             error.add_note(f"The adapter after step {self.state.step} is saved: {self.finished.path}")
-        except (AdapterError, CheckpointError) as second:
+        except (AdapterError, CheckpointError, NonFiniteError) as second:
             error.add_note(f"What was learnt could not be saved either: {second}")
 
     def _save_state(self) -> None:
+        self._look()
+        self._saved_at = time.perf_counter()
+        if not self._processes.is_main:
+            return
         self.state.seconds = time.perf_counter() - self._started
         write_checkpoint(self._run_dir.state_dir, pack_state(self._trained, self.state, self._facts))
         self._saved_at = time.perf_counter()
 
     def _restore(self, checkpoint: Checkpoint) -> TrainerState:
         try:
-            return unpack_state(checkpoint, self._trained)
+            state = unpack_state(checkpoint, self._trained)
+            state.finished, state.converged = False, state.converged and self._config.validation.stop != "never"
+            return state
         except CheckpointError as error:
+            leave_modes(self._unet, self._config.model)
             detach_lora(self._unet)
             raise CheckpointError(f"{self._run_dir.root}: {error}. Start a new run with `sdlora train`.") from error
 
     def _as_saved(self) -> AbstractContextManager[None]:
         """The adapter as its file holds it: its average where one is kept."""
+        if is_schedule_free(self._optimizer):
+            return averaged_weights(self._optimizer, self._named)
         return self._average.in_place() if self._average is not None else nullcontext()
 
     def _write(self, path: Path, pairs: Mapping[str, LoraPair] | None = None, *, step: int | None = None) -> None:
         """The adapter as it is, or the given one of an earlier step."""
+        if not self._processes.is_main:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
         if pairs is None:
             with self._as_saved():
                 pairs = lora_pairs(self._unet, _ADAPTER_NAME)
@@ -450,6 +556,13 @@ class Trainer:
                 "sdlora.config_sha256": hashlib.sha256(to_toml(config).encode("utf-8")).hexdigest(),
             },
         )
+
+
+def _examples_per_step(config: TrainConfig, checkpoint: Checkpoint | None, processes: Processes) -> int:
+    """Those that the run was begun with, however many processes share them now."""
+    given = config.train.batch_size * config.train.gradient_accumulation
+    begun = checkpoint.facts["trainer"].get("examples_per_step", given) if checkpoint is not None else 0
+    return int(begun or given * processes.count)
 
 
 @contextmanager

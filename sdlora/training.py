@@ -8,15 +8,15 @@ import logging
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
-from accelerate import PartialState
 from filelock import FileLock, Timeout
 
 from sdlora import __version__
@@ -27,21 +27,25 @@ from sdlora.data.dataset import ImageDataset, scan_dataset
 from sdlora.errors import CheckpointError, ConfigError, DatasetError, ModelError, Problem, TrainingError
 from sdlora.events import Event, Observer, RunFinished, from_json
 from sdlora.families import Components, load_components, resolve_base, weights_fingerprint
-from sdlora.length import plan_length
 from sdlora.lora import detach_lora, target_modules, trainable_share
+from sdlora.out_of_memory import telling_out_of_memory
 from sdlora.precision import Precision, choose_precision
 from sdlora.prepare import TrainingSet, prepare_training_set
 from sdlora.preview import PreviewDrawer
+from sdlora.processes import Processes, current_processes, training_device
 from sdlora.progress import JsonlWriter
+from sdlora.ranking import RankedSave, rank_saves, read_events, write_ranking
 from sdlora.resume import config_changes, dataset_changes, dataset_record, require_allowed
 from sdlora.run_dir import RunDir, create_run_dir, write_text_atomic
+from sdlora.trackers import require_tracker, tracker_for
 from sdlora.trainer import Trainer
 
-__all__ = ["Say", "require_attention", "resume_run", "train_adapter"]
+__all__ = ["Say", "rank_run", "require_attention", "resume_run", "train_adapter"]
 
 logger = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
+_TOLD_SAVES = 5
 
 
 def train_adapter(
@@ -65,13 +69,17 @@ def train_adapter(
         ConfigError: the settings do not fit the base, or the run folder cannot be made.
         TrainingError: training cannot start or go on; NonFiniteError names the step and the images.
     """
+    processes = current_processes()
+    say, observers = (say, observers) if processes.is_main else (_silently, ())
     dataset = dataset or _scan(config, say)
     parts = _Parts.build(config, dataset, components, say)
-    run_dir = create_run_dir(config.output.dir, config.run_name)
-    with _locked(run_dir):
-        write_text_atomic(run_dir.config_path, to_toml(config))
-        write_text_atomic(run_dir.dataset_path, json.dumps(dataset_record(dataset), indent=1, ensure_ascii=False))
-        return _train(parts, run_dir, checkpoint=None, observers=observers, say=say)
+    run_dir = create_run_dir(config.output.dir, config.run_name) if processes.is_main else None
+    run_dir = processes.from_main(run_dir)
+    assert run_dir is not None
+    with _locked(run_dir, processes):
+        if processes.is_main:
+            _record(run_dir, config, dataset_record(dataset))
+        return _train(parts, run_dir, processes, checkpoint=None, observers=observers, say=say)
 
 
 def resume_run(
@@ -95,17 +103,25 @@ def resume_run(
     """
     if not (root / "config.toml").is_file():
         raise CheckpointError(f"{root} is not the folder of a run: it holds no config.toml.")
+    processes = current_processes()
+    say, observers = (say, observers) if processes.is_main else (_silently, ())
     begun = load_config(root / "config.toml")
     config = load_config(root / "config.toml", overrides)
     run_dir = RunDir(root, begun.run_name)
-    with _locked(run_dir):
-        sweep_leftovers(run_dir.state_dir)
+    with _locked(run_dir, processes):
+        if processes.is_main:
+            sweep_leftovers(run_dir.state_dir)
+        processes.wait()
         checkpoint = read_latest_checkpoint(run_dir.state_dir, say=say)
         dataset = _scan(config, say)
         known = json.loads(run_dir.dataset_path.read_text(encoding="utf-8"))
         changes = config_changes(begun, config) + dataset_changes(known, record := dataset_record(dataset))
         require_allowed(root, changes, allow_change=allow_change)
-        if checkpoint.step >= checkpoint.facts["num_steps"] and not changes:
+        trainer_facts = checkpoint.facts["trainer"]
+        # States of before `examples_per_step` was kept are of one process.
+        trainer_facts.setdefault("examples_per_step", begun.train.batch_size * begun.train.gradient_accumulation)
+        # States of before `finished` was kept say it by their step.
+        if trainer_facts.get("finished", checkpoint.step >= checkpoint.facts["num_steps"]) and not changes:
             say(f"{root} is finished: {checkpoint.step} steps. Its adapter is {run_dir.adapter_path}.")
             return run_dir.adapter_path
         _tell_other_versions(checkpoint, say)
@@ -113,12 +129,41 @@ def resume_run(
         if parts.base_fingerprint != checkpoint.facts["base"] and config.model.precision == begun.model.precision:
             detail = f"{parts.components.source} is not the base that this run was started on."
             raise CheckpointError(f"{root}: {detail} Give the right one with --set model.base=...")
-        if changes:
-            write_text_atomic(run_dir.config_path, to_toml(config))
-            write_text_atomic(run_dir.dataset_path, json.dumps(record, indent=1, ensure_ascii=False))
-        _forget_events_after(run_dir, checkpoint.step)
+        # All have read what is written anew here.
+        processes.wait()
+        if processes.is_main:
+            if changes:
+                _record(run_dir, config, record)
+            _forget_events_after(run_dir, checkpoint.step)
         say(f"Going on after step {checkpoint.step}.")
-        return _train(parts, run_dir, checkpoint=checkpoint, observers=observers, say=say)
+        return _train(parts, run_dir, processes, checkpoint=checkpoint, observers=observers, say=say)
+
+
+def _silently(message: str) -> None:
+    """What all processes but the first one say."""
+
+
+def _record(run_dir: RunDir, config: TrainConfig, dataset: Mapping[str, Mapping[str, Any]]) -> None:
+    write_text_atomic(run_dir.config_path, to_toml(config))
+    write_text_atomic(run_dir.dataset_path, json.dumps(dataset, indent=1, ensure_ascii=False))
+
+
+def rank_run(root: Path) -> list[RankedSave]:
+    """The saves of the run in folder `root`, the best first; also written there as `ranking.json`.
+
+    Raises:
+        TrainingError: it is not the folder of a run.
+        DatasetError: its pictures, wanted where previews were drawn, are not where they were.
+    """
+    if not (root / "config.toml").is_file():
+        raise CheckpointError(f"{root} is not the folder of a run: it holds no config.toml.")
+    config = load_config(root / "config.toml")
+    run_dir = RunDir(root, config.run_name)
+    names = json.loads(run_dir.dataset_path.read_text(encoding="utf-8"))
+    pictures = [config.data.path / name for name in names]
+    ranked = rank_saves(read_events(run_dir), pictures, background=config.data.background_rgb)
+    write_ranking(run_dir, ranked)
+    return ranked
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,66 +172,124 @@ class _Parts:
 
     config: TrainConfig
     components: Components
+    """Without encoders, whose memory is free from here on unless somebody else holds them."""
     training_set: TrainingSet
     validation_set: TrainingSet | None
     precision: Precision
     base_fingerprint: str
+    pictures: tuple[Path, ...]
+    drawer: PreviewDrawer | None
 
     @staticmethod
     def build(config: TrainConfig, dataset: ImageDataset, components: Components | None, say: Say) -> _Parts:
-        device = components.unet.device if components is not None else _device()
+        device = components.unet.device if components is not None else training_device()
         require_attention(config.model.attention, device)
+        require_tracker(config.output.tracker)
         precision = choose_precision(config.model.precision, device)
         if components is None:
             source = resolve_base(config.model.base)
             components = load_components(source, weight_dtype=precision.weight_dtype, device=device)
         # Raises if nothing matches, before minutes of encoding.
         target_modules(components.unet, config.lora.targets)
-        cache = _open_cache(config)
-        training_set = _prepare(config, components, dataset, cache)
-        held_out = _scan_held_out(config)
-        validation_set = _prepare(config, components, held_out, cache) if held_out is not None else None
+        with telling_out_of_memory(
+            config,
+            precision,
+            doing="encoding the pictures",
+            resolution=config.data.resolution or components.default_resolution,
+            step=components.size_step,
+        ):
+            cache = _open_cache(config)
+            training_set = _prepare(config, components, dataset, cache)
+            held_out = _scan_held_out(config)
+            validation_set = _prepare(config, components, held_out, cache) if held_out is not None else None
         for note in cache.notes() if cache is not None else []:
             say(note)
-        return _Parts(config, components, training_set, validation_set, precision, weights_fingerprint(components.unet))
+        return _Parts(
+            config=config,
+            components=components.without_encoders(),
+            training_set=training_set,
+            validation_set=validation_set,
+            precision=precision,
+            base_fingerprint=weights_fingerprint(components.unet),
+            pictures=tuple(example.path for example in dataset.examples),
+            drawer=_preview_drawer(config, components, training_set, precision),
+        )
 
 
 def _train(
-    parts: _Parts, run_dir: RunDir, *, checkpoint: Checkpoint | None, observers: Sequence[Observer], say: Say
+    parts: _Parts,
+    run_dir: RunDir,
+    processes: Processes,
+    *,
+    checkpoint: Checkpoint | None,
+    observers: Sequence[Observer],
+    say: Say,
 ) -> Path:
-    config, device = parts.config, parts.components.unet.device
-    draw_previews = _preview_drawer(config, parts.components, parts.training_set, parts.precision, run_dir)
-    components = parts.components.without_encoders()
+    config, components, device = parts.config, parts.components, parts.components.unet.device
     if config.model.attention == "xformers":
         components.unet.enable_xformers_memory_efficient_attention()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    plan = plan_length(len(parts.training_set.entries), config)
     trainer = Trainer(
         config=config,
         components=components,
         training_set=parts.training_set,
         run_dir=run_dir,
         precision=parts.precision,
-        draw_previews=draw_previews,
+        draw_previews=parts.drawer.into(run_dir) if parts.drawer is not None else None,
         validation_set=parts.validation_set,
         checkpoint=checkpoint,
-        facts={"base": parts.base_fingerprint, "versions": _versions(), "num_steps": plan.steps},
+        facts={"base": parts.base_fingerprint, "versions": _versions()},
+        processes=processes,
     )
     _introduce(trainer, components, parts.precision, device, say)
+    if not processes.is_main:
+        _drive(trainer, [])
+        return run_dir.adapter_path
     try:
-        _require_space(run_dir, components, len(plan.save_steps))
+        _require_space(run_dir, components, len(trainer.plan.save_steps))
     except TrainingError:
         # The trainer takes its LoRA out at the end of a run, and this one never begins.
         detach_lora(components.unet)
         raise
-    with JsonlWriter(run_dir.events_path) as events_file:
-        _drive(trainer, [events_file, *observers])
+    with ExitStack() as stack:
+        watching: list[Observer] = [stack.enter_context(JsonlWriter(run_dir.events_path))]
+        tracker = tracker_for(config, run_dir)
+        if tracker is not None:
+            stack.callback(tracker.close)
+            watching.append(tracker)
+        stack.enter_context(
+            telling_out_of_memory(
+                config,
+                parts.precision,
+                doing="training (or drawing a preview)" if config.preview.prompts else "training",
+                resolution=parts.training_set.resolution,
+                step=components.size_step,
+                run=run_dir.root,
+            )
+        )
+        _drive(trainer, [*watching, *observers])
+    if trainer.finished is not None and not trainer.finished.stopped_early:
+        _rank(parts, run_dir, say)
     return run_dir.adapter_path
 
 
+def _rank(parts: _Parts, run_dir: RunDir, say: Say) -> None:
+    """Says which saves are best, where something was measured."""
+    ranked = rank_saves(read_events(run_dir), parts.pictures, background=parts.config.data.background_rgb)
+    if len(ranked) < 2 or (ranked[0].held_out_loss is None and ranked[0].style_distance is None):
+        return
+    say(f"The saves, the best first ({write_ranking(run_dir, ranked)}):")
+    for save in ranked[:_TOLD_SAVES]:
+        say(f"  step {save.step}: {save.reason}")
+
+
 @contextmanager
-def _locked(run_dir: RunDir) -> Iterator[None]:
+def _locked(run_dir: RunDir, processes: Processes) -> Iterator[None]:
+    """The first process holds the folder for all."""
+    if not processes.is_main:
+        yield
+        return
     lock = FileLock(run_dir.lock_path)
     try:
         lock.acquire(timeout=0)
@@ -297,14 +400,6 @@ def _scan_held_out(config: TrainConfig) -> ImageDataset | None:
     return scan_dataset(path, trigger=config.data.trigger, background=config.data.background_rgb)
 
 
-def _device() -> torch.device:
-    state = PartialState()
-    if state.num_processes > 1:
-        raise TrainingError("Training runs in one process. Start it without `accelerate launch --num_processes`.")
-    device: torch.device = state.device
-    return device
-
-
 def require_attention(attention: str, device: torch.device) -> None:
     """Checks that "sdpa" or "xformers" attention works here.
 
@@ -349,7 +444,7 @@ def _prepare(
 
 
 def _preview_drawer(
-    config: TrainConfig, components: Components, training_set: TrainingSet, precision: Precision, run_dir: RunDir
+    config: TrainConfig, components: Components, training_set: TrainingSet, precision: Precision
 ) -> PreviewDrawer | None:
     if not config.preview.prompts:
         return None
@@ -358,7 +453,6 @@ def _preview_drawer(
         settings=config.preview,
         resolution=training_set.resolution,
         precision=precision,
-        run_dir=run_dir,
     )
 
 

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-__all__ = ["CropPlan", "make_buckets", "plan_crop"]
+__all__ = ["CropPlan", "bucket_step", "make_buckets", "plan_crop"]
 
 _MIN_AREA = Fraction(3, 4)
+_USUAL_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,14 @@ def make_buckets(resolution: int, *, step: int = 64, max_aspect_ratio: float = 2
             by_shape[Fraction(short, long)] = (short, long)
             by_shape[Fraction(long, short)] = (long, short)
     return tuple(sorted(by_shape.values()))
+
+
+def bucket_step(resolution: int, size_step: int) -> int:
+    """The step of the buckets for a base whose sides are multiples of `size_step`.
+
+    Finer steps than 64 only make more buckets with fewer pictures each, once pictures are large.
+    """
+    return size_step if resolution < 8 * _USUAL_STEP else max(size_step, _USUAL_STEP)
 
 
 def plan_crop(size_hw: tuple[int, int], buckets: Sequence[tuple[int, int]]) -> CropPlan:

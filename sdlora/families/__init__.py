@@ -7,18 +7,23 @@ from sdlora.families.load import (
     detect_family,
     load_components,
     load_pipeline,
+    local_base,
     resolve_base,
 )
+from sdlora.families.shapes import BaseShapes, base_shapes
 
 __all__ = [
+    "BaseShapes",
     "Components",
     "FamilyName",
     "ModelFamily",
     "PromptEmbeds",
+    "base_shapes",
     "components_from_pipeline",
     "detect_family",
     "load_components",
     "load_pipeline",
+    "local_base",
     "resolve_base",
     "weights_fingerprint",
 ]

@@ -26,7 +26,14 @@ from sdlora.families.sd import SD1, SD2
 from sdlora.families.sdxl import SDXL
 from sdlora.families.single_file import open_checkpoint
 
-__all__ = ["components_from_pipeline", "detect_family", "load_components", "load_pipeline", "resolve_base"]
+__all__ = [
+    "components_from_pipeline",
+    "detect_family",
+    "load_components",
+    "load_pipeline",
+    "local_base",
+    "resolve_base",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -60,17 +67,36 @@ def resolve_base(base: str | None = None) -> str:
     Raises:
         ModelError: it is nowhere to be had, or is not a model folder.
     """
+    place, hub_id = _place(base)
+    return place or str(_cached(hub_id) or _downloaded(hub_id))
+
+
+def local_base(base: str | None = None) -> str | None:
+    """As `resolve_base`, but None where it would have to be downloaded first.
+
+    Raises:
+        ModelError: it is no Hub id and lies nowhere, or is not a model folder.
+    """
+    place, hub_id = _place(base)
+    if place:
+        return place
+    cached = _cached(hub_id)
+    return str(cached) if cached is not None else None
+
+
+def _place(base: str | None) -> tuple[str, str]:
+    """(path on this computer, "") or ("", id on the Hub)."""
     base = base or DEFAULT_BASE
     if base == "tiny":
         from sdlora import embedded
 
-        return str(embedded.path())
+        return str(embedded.path()), ""
     folder = Path(base).expanduser()
     if folder.is_dir():
         _check_folder(folder)
-        return str(folder)
+        return str(folder), ""
     if folder.is_file():
-        return str(folder)
+        return str(folder), ""
     if base in _MOVED:
         logger.info("%s has moved: using %s, the same weights.", base, _MOVED[base])
         base = _MOVED[base]
@@ -79,7 +105,7 @@ def resolve_base(base: str | None = None) -> str:
             f"There is no file or folder {base}. Give a checkpoint, a diffusers folder or a Hugging Face id "
             "(owner/name); `--base tiny` works now."
         )
-    return str(_cached(base) or _downloaded(base))
+    return "", base
 
 
 def detect_family(unet_config: Mapping[str, Any], *, source: str = "the model") -> ModelFamily:

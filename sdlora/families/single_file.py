@@ -51,7 +51,7 @@ class OriginalCheckpoint:
 
     def unet(self) -> UNet2DConditionModel:
         """The U-Net, in the file's number format."""
-        config = self._unet_config()
+        config = self.unet_config()
         levels = config["up_block_types"]
         attended = frozenset(i for i, kind in enumerate(levels) if kind == "CrossAttnUpBlock2D")
         with torch.device("meta"):
@@ -61,7 +61,7 @@ class OriginalCheckpoint:
 
     def vae(self) -> AutoencoderKL:
         """The VAE."""
-        config = self._vae_config()
+        config = self.vae_config()
         with torch.device("meta"):
             vae = AutoencoderKL.from_config(config)
         num_levels = len(config["block_out_channels"])
@@ -119,7 +119,8 @@ class OriginalCheckpoint:
         # SD 1.x and SDXL without a mark are epsilon; SD 2.x was published as both.
         return "epsilon" if self.family != "sd2" else probe_prediction_type(unet)
 
-    def _unet_config(self) -> dict[str, Any]:
+    def unet_config(self) -> dict[str, Any]:
+        """What diffusers would have in `unet/config.json`."""
         channels: list[int] = []
         with_attention: list[bool] = []
         depths: list[int] = []
@@ -152,7 +153,8 @@ class OriginalCheckpoint:
             config["projection_class_embeddings_input_dim"] = self._tensors[f"{_UNET}label_emb.0.0.weight"].shape[1]
         return config
 
-    def _vae_config(self) -> dict[str, Any]:
+    def vae_config(self) -> dict[str, Any]:
+        """What diffusers would have in `vae/config.json`."""
         channels: list[int] = []
         while (key := f"{_VAE}encoder.down.{len(channels)}.block.0.conv2.weight") in self._tensors:
             channels.append(self._tensors[key].shape[0])

@@ -14,6 +14,7 @@ from sdlora.config import TrainConfig
 from sdlora.families import Components, components_from_pipeline
 from sdlora.precision import Precision
 from sdlora.prepare import LatentDistribution, PreparedExample, TrainingSet, View
+from sdlora.processes import ALONE, Processes
 from sdlora.run_dir import RunDir
 from sdlora.trainer import Trainer
 from tests.tiny import tiny_sd1, tiny_sd2, tiny_sdxl
@@ -61,6 +62,7 @@ def make_trainer(
     draw_previews: Callable[[int], list[Path]] | None = None,
     checkpoint: Checkpoint | None = None,
     validation_set: TrainingSet | None = None,
+    processes: Processes = ALONE,
     **sections: dict[str, Any],
 ) -> Trainer:
     components = components or components_from_pipeline(TINY[family]())
@@ -74,6 +76,7 @@ def make_trainer(
         draw_previews=draw_previews,
         checkpoint=checkpoint,
         validation_set=validation_set,
+        processes=processes,
     )
 
 

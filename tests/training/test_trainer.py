@@ -267,7 +267,7 @@ def test_endless_overflow_ends_the_run_with_advice(tmp_path: Path, monkeypatch: 
 def poisoned(tmp_path: Path, index: int, **settings: Any) -> Trainer:
     components = components_from_pipeline(tiny_sd1())
     training_set = make_training_set(components)
-    training_set.examples[index].latents.mean[0, 0, 0] = float("nan")
+    training_set.examples[index].views[0].latents.mean[0, 0, 0] = float("nan")
     return make_trainer(tmp_path, components=components, training_set=training_set, **settings)
 
 

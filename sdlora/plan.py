@@ -1,0 +1,135 @@
+"""What a run will take, told before it: steps, memory, time, disk, money. Arithmetic on shapes; no weight is loaded."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from sdlora.checkpoint import KEPT
+from sdlora.config import TrainConfig
+from sdlora.data.buckets import bucket_step, make_buckets, plan_crop
+from sdlora.data.dataset import ImageCaption
+from sdlora.families import BaseShapes
+from sdlora.length import LengthPlan, plan_length
+from sdlora.precision import Precision
+from sdlora.shape_trace import trace_encode, trace_step
+
+__all__ = ["RunPlan", "largest_bucket", "machine_flops", "plan_run"]
+
+_STATE_TENSORS = {"adamw": 2, "prodigy": 4, "lion": 1, "adamw8bit": 0.5, "adafactor": 0.05, "adamw-schedulefree": 2}
+"""Numbers of the adapter's size that an optimizer keeps."""
+_REACHED = 0.6
+"""Share of the speed of one large matrix product that a whole step reaches on a CPU (docs/PERFORMANCE.md)."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run takes; sizes in bytes, times in seconds."""
+
+    length: LengthPlan
+    images: int
+    target_hw: tuple[int, int]
+    """The largest size that pictures are brought to, in pixels."""
+    adapter_parameters: int
+    file_bytes: int
+    memory: Mapping[str, int]
+    """What lies in memory in a step, part by part."""
+    encoding_bytes: int
+    """What encoding the pictures takes, before the first step."""
+    step_flops: int
+    seconds_per_step: float | None
+    seconds: float | None
+    disk_bytes: int
+    measured: bool = False
+    """Whether memory and time come from real steps."""
+    base_known: bool = True
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is taken at one time."""
+        return max(sum(self.memory.values()), self.encoding_bytes)
+
+    def cost(self, price_per_hour: float) -> float | None:
+        """In the price's own currency; None while the time is not known."""
+        return None if self.seconds is None else self.seconds / 3600 * price_per_hour
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {**asdict(self), "peak_bytes": self.peak_bytes}
+
+
+def plan_run(
+    config: TrainConfig,
+    examples: Sequence[ImageCaption],
+    shapes: BaseShapes,
+    *,
+    precision: Precision,
+    flops_per_second: float | None,
+    library_bytes: int,
+) -> RunPlan:
+    """The plan of a run over these pictures.
+
+    `flops_per_second` is the machine's for large matrix products (None: the time is not told), `library_bytes` what the
+    process takes without any model.
+
+    Raises:
+        NothingToTrainError: a target matches no layer.
+    """
+    length = plan_length(sum(example.repeats for example in examples), config)
+    target_hw = largest_bucket(examples, config.data.resolution or shapes.default_resolution, shapes.size_step)
+    step = trace_step(shapes, config, precision, target_hw=target_hw, batch_size=config.train.batch_size)
+    encode = trace_encode(shapes, target_hw=target_hw)
+    # Text encoders are fp32 on a CPU; elsewhere they are in the base's own format.
+    text_bytes = shapes.text_parameters * (4 if precision.device_type == "cpu" else precision.weight_dtype.itemsize)
+    encoders = encode.weight_bytes + text_bytes
+    kept = 1 + _STATE_TENSORS[config.optimizer.name] + (1 if config.optimizer.ema_decay else 0)
+    memory = {
+        "libraries": library_bytes,
+        "base": step.weight_bytes,
+        "adapter and optimizer": round(4 * kept * step.adapter_parameters),
+        "activations and gradients": step.peak_bytes,
+        **({"encoders for previews": encoders} if config.preview.prompts else {}),
+    }
+    file_bytes = 2 * step.adapter_parameters
+    # A pass has `batch_size` pictures, a step as many passes as are accumulated.
+    flops = step.flops * config.train.gradient_accumulation
+    rate = None if flops_per_second is None else flops_per_second * _REACHED
+    seconds_per_step = None if rate is None else flops / rate
+    views = len(examples) * (2 if config.data.flip else 1)
+    return RunPlan(
+        length=length,
+        images=len(examples),
+        target_hw=target_hw,
+        adapter_parameters=step.adapter_parameters,
+        file_bytes=file_bytes,
+        memory=memory,
+        encoding_bytes=library_bytes + step.weight_bytes + encoders + encode.peak_bytes,
+        step_flops=flops,
+        seconds_per_step=seconds_per_step,
+        seconds=None if rate is None else (flops * length.steps + views * encode.flops) / rate,
+        disk_bytes=len(length.save_steps) * file_bytes + round(4 * kept * step.adapter_parameters) * (KEPT + 1),
+        base_known=shapes.known,
+    )
+
+
+def largest_bucket(examples: Sequence[ImageCaption], resolution: int, size_step: int) -> tuple[int, int]:
+    """The largest size (height, width) that one of the pictures is brought to."""
+    buckets = make_buckets(max(resolution, size_step), step=bucket_step(resolution, size_step))
+    return max((plan_crop(example.size_hw, buckets).bucket_hw for example in examples), key=math.prod)
+
+
+def machine_flops(precision: Precision, *, seconds: float = 0.3) -> float:
+    """Multiplications and additions a second of a large matrix product on this CPU, in the number format given."""
+    size = 1024
+    left, right = (torch.ones(size, size, dtype=precision.weight_dtype) for _ in range(2))
+    left @ right
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        left @ right
+        count += 1
+    return 2 * size**3 * count / (time.perf_counter() - started)
