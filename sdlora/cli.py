@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from sdlora import __version__
+from sdlora.adapter_weight import Weight
 from sdlora.cli_data import app as data_app
 from sdlora.cli_lora import app as lora_app
 from sdlora.cli_runs import app as runs_app
@@ -242,7 +243,10 @@ def _toml_value(value: object) -> str:
 @app.command()
 def generate(
     prompt: Annotated[str | None, typer.Argument(help='What to draw; "<lora:name:0.8>" and {this|that} work.')] = None,
-    lora: Annotated[list[str] | None, typer.Option("--lora", help="FILE or FILE:WEIGHT, as often as wanted.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option("--lora", help="FILE or FILE:WEIGHT (0.8, 0@0,0.8@0.4, 0.8:lbw=OUTALL ...); repeatable."),
+    ] = None,
     prompts: Annotated[
         str | None, typer.Option("--prompts", help="File with a prompt a line; - reads standard input.")
     ] = None,
@@ -322,7 +326,7 @@ def generate(
     )
     request.check()
     always = [parse_adapter_argument(item) for item in lora or []]
-    found: list[tuple[str, list[tuple[Path, float]]]] = []
+    found: list[tuple[str, list[tuple[Path, Weight]]]] = []
     texts, failed = _prompt_lines(prompt, prompts), 0
     for number, line in enumerate(texts):
         try:

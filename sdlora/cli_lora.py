@@ -45,7 +45,10 @@ def _weighted(items: list[str]) -> list[tuple[Path, float]]:
     from sdlora.prompts import find_adapter, parse_adapter_argument
 
     choices = [parse_adapter_argument(item) for item in items]
-    return [(find_adapter(choice.source, [Path()]), choice.weight) for choice in choices]
+    numbers = [choice.weight for choice in choices if isinstance(choice.weight, float)]
+    if len(numbers) < len(choices):
+        raise AdapterError("These weights must be plain numbers. `sdlora stack export` makes a file of more than that.")
+    return [(find_adapter(choice.source, [Path()]), weight) for choice, weight in zip(choices, numbers, strict=True)]
 
 
 @app.command()

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from sdlora.adapter_weight import as_weight
 from sdlora.errors import GenerationError
 from sdlora.request import GenerationRequest
 from sdlora.schedulers import SCHEDULERS, scheduler_label
@@ -25,7 +26,8 @@ class AdapterRecord:
     """One adapter of the stack: its name, weight, file name (no folder) and sha256 of its tensor bytes."""
 
     name: str
-    weight: float
+    weight: float | str
+    """A number, or the compact syntax of `adapter_weight` where the weight is more than one."""
     file: str
     tensor_hash: str
 
@@ -83,7 +85,7 @@ class Recipe:
 
     def parameters(self) -> str:
         """The text A1111 and Civitai read."""
-        lines = [self.prompt + "".join(f" <lora:{a.name}:{a.weight:g}>" for a in self.adapters)]
+        lines = [self.prompt + "".join(f" <lora:{a.name}:{as_weight(a.weight)}>" for a in self.adapters)]
         if self.negative_prompt:
             lines.append(f"Negative prompt: {self.negative_prompt}")
         return "\n".join([*lines, ", ".join(self._settings())])

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdlora.errors import GenerationError
+from sdlora.adapter_weight import Weight, parse_weight, simplest
+from sdlora.errors import AdapterError, GenerationError
 
 __all__ = ["AdapterChoice", "cut_words", "find_adapter", "parse_adapter_argument", "split_adapter_tags"]
 
 _TAG = re.compile(r"<lora:([^:<>]+)(?::([^<>]*))?>")
+_ARGUMENT = re.compile(r"(.*?\.safetensors|[^:]*)(?::(.*))?")
 
 
 @dataclass(frozen=True)
@@ -21,36 +22,34 @@ class AdapterChoice:
     """An adapter as the user named it (a path, or a bare name) and its weight; 1.0 is as trained."""
 
     source: str
-    weight: float = 1.0
+    weight: Weight = 1.0
 
 
-def _weight(text: str, whole: str) -> float:
+def _weight(text: str, whole: str) -> Weight:
     try:
-        weight = float(text)
-    except ValueError:
-        raise GenerationError(f"{whole!r}: the weight {text!r} is not a number. Write for example :0.8.") from None
-    if not math.isfinite(weight):
-        raise GenerationError(f"{whole!r}: the weight must be finite. Write for example :0.8.")
-    return weight
+        return simplest(parse_weight(text))
+    except AdapterError as error:
+        raise GenerationError(f"{whole!r}: the weight {text!r} cannot be used: {error}") from None
 
 
 def parse_adapter_argument(text: str) -> AdapterChoice:
-    """`ink.safetensors:0.8`, `ink.safetensors` or `C:\\art\\ink.safetensors:0.8`.
+    """`ink.safetensors:0.8`, `ink.safetensors`, `C:\\art\\ink.safetensors:0@0,0.8@0.4` or `ink:0.8:lbw=OUTALL`.
 
     Raises:
-        GenerationError: the weight is not a finite number.
+        GenerationError: the weight means nothing; `adapter_weight.syntax` tells what it may be.
     """
-    source, colon, tail = text.rpartition(":")
-    if not colon or "/" in tail or "\\" in tail or tail.endswith(".safetensors"):
+    folder = max(text.rfind("/"), text.rfind("\\")) + 1
+    match = _ARGUMENT.fullmatch(text[folder:])
+    if match is None or match[2] is None:
         return AdapterChoice(text)
-    return AdapterChoice(source, _weight(tail, text))
+    return AdapterChoice(text[:folder] + match[1], _weight(match[2], text))
 
 
 def split_adapter_tags(prompt: str) -> tuple[str, tuple[AdapterChoice, ...]]:
     """The prompt without its `<lora:name:weight>` tags, and the adapters they ask for.
 
     Raises:
-        GenerationError: a tag's weight is not a finite number.
+        GenerationError: a tag's weight means nothing.
     """
     choices = tuple(
         AdapterChoice(match[1].strip(), _weight(match[2], match[0]) if match[2] is not None else 1.0)

@@ -16,6 +16,7 @@ from PIL import Image
 from sdlora import embedded
 from sdlora.adapter_file import read_adapter
 from sdlora.adapter_tools import find_by_tensor_hash
+from sdlora.adapter_weight import AdapterWeight, Weight, as_weight, simplest
 from sdlora.config import DEFAULT_BASE, TrainConfig, load_config
 from sdlora.data.captions import compose_caption
 from sdlora.data.dataset import ImageDataset
@@ -51,7 +52,7 @@ class PromptJob:
     """A prompt without its tags, and the files and weights of the adapters it is drawn with."""
 
     prompt: str
-    adapters: tuple[tuple[Path, float], ...]
+    adapters: tuple[tuple[Path, Weight], ...]
 
 
 def generate_files(
@@ -141,7 +142,7 @@ def draw_again(
                 f"{picture} was drawn with {record.file} (tensor hash {record.tensor_hash[:12]}), which is nowhere "
                 f"below {places}. Name its folder with --lora-dir."
             )
-        files.append((found, record.weight))
+        files.append((found, simplest(as_weight(record.weight))))
     thrift = Thrift(vae_tiling=recipe.vae_tiling)
     precision = _PRECISIONS.get(recipe.precision, "auto")
     generator = Generator.from_base(base, precision=precision, thrift=thrift, warn=warn)
@@ -275,11 +276,17 @@ def _load_all(generator: Generator, files: Sequence[Path]) -> dict[Path, str]:
     return names
 
 
-def _set_weights(generator: Generator, names: Mapping[Path, str], adapters: Sequence[tuple[Path, float]]) -> None:
-    """A file that is named twice counts with the sum of its weights."""
-    weights: dict[str, float] = {}
+def _set_weights(generator: Generator, names: Mapping[Path, str], adapters: Sequence[tuple[Path, Weight]]) -> None:
+    """A file that is named twice counts with the sum of its weights, which must be plain numbers then."""
+    weights: dict[str, Weight] = {}
     for path, weight in adapters:
-        weights[names[path]] = weights.get(names[path], 0.0) + weight
+        before = weights.get(names[path], 0.0)
+        if before == 0.0:
+            weights[names[path]] = weight
+        elif isinstance(before, AdapterWeight) or isinstance(weight, AdapterWeight):
+            raise GenerationError(f"{path.name} is named twice. Give its weight {weight} once.")
+        else:
+            weights[names[path]] = before + weight
     generator.stack.set_adapters(list(weights), list(weights.values()))
 
 

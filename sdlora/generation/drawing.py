@@ -71,14 +71,15 @@ def draw_batch(
     *,
     on_step: Callable[[StepDrawn], None],
     warn: Callable[[str], None],
+    on_view: Callable[[Any], None],
 ) -> list[Image.Image]:
-    """The pictures of a request whose defaults are filled in.
+    """The pictures of a request whose defaults are filled in; `on_view` is told which pipeline is about to draw.
 
     Raises:
         GenerationError: a picture came out as NaN, and not for want of the VAE's precision.
     """
     generators = [_generator(seed) for seed in batch.seeds]
-    painter = _Painter(pipeline, batch, request, generators, on_step, warn)
+    painter = _Painter(pipeline, batch, request, generators, on_step, warn, on_view)
     if batch.start is None:
         first = painter.from_noise(*batch.size)
     else:
@@ -117,9 +118,10 @@ class _Painter:
         generators: list[torch.Generator],
         on_step: Callable[[StepDrawn], None],
         warn: Callable[[str], None],
+        on_view: Callable[[Any], None],
     ):
         self._pipeline, self._batch, self._request, self._generators = pipeline, batch, request, generators
-        self._on_step, self._warn = on_step, warn
+        self._on_step, self._warn, self._on_view = on_step, warn, on_view
 
     def from_noise(self, height: int, width: int) -> _Drawn:
         """Pictures of that size in pixels, from each one's own noise."""
@@ -156,6 +158,7 @@ class _Painter:
         scheduler = make_scheduler(self._pipeline.scheduler, request.scheduler)
         give_noise_per_picture(scheduler, seeds, shape, self._pipeline.unet.dtype)
         view.scheduler = scheduler
+        self._on_view(view)
         last: dict[str, Tensor] = {}
 
         def after_step(view: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

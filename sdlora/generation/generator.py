@@ -6,7 +6,6 @@ The adapters live in `Generator.stack`; this module only draws with whatever is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -20,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from sdlora import __version__
+from sdlora.adapter_weight import written
 from sdlora.errors import GenerationError
 from sdlora.families import load_pipeline, resolve_base
 from sdlora.generation.decoding import LatentColours
@@ -143,7 +143,7 @@ class Generator:
             for text in dict.fromkeys([*prompts, request.negative_prompt]):
                 self._tell_cut_words(text)
         start = self._start_image(request)
-        with nullcontext() if self.stack.is_merged else self.stack.merged():
+        with self.stack.applied():
             yield from self._draw_all(prompts, seeds, request, encoder, start)
 
     def _draw_all(
@@ -179,9 +179,11 @@ class Generator:
         conditions = encoder.arguments(prompts, request.negative_prompt, guided=guided)
         size = self._size(request, start)
         batch = Batch(seeds, conditions, size, None if start is None else start.image)
-        images = draw_batch(self.pipeline, batch, request, on_step=self.on_step, warn=self.warn)
-        for prompt, seed, image in zip(prompts, seeds, images, strict=True):
-            yield GeneratedPicture(image, self._recipe(prompt, seed, request, size, start))
+        images = draw_batch(
+            self.pipeline, batch, request, on_step=self.on_step, warn=self.warn, on_view=self.stack.follow
+        )
+        for row, (prompt, seed, image) in enumerate(zip(prompts, seeds, images, strict=True)):
+            yield GeneratedPicture(image, self._recipe(prompt, seed, request, size, start, row))
 
     def _size(self, request: GenerationRequest, start: StartImage | None) -> tuple[int, int]:
         if start is not None:
@@ -201,8 +203,15 @@ class Generator:
         return StartImage.read(request.init_image, height=request.height, width=request.width, area=self._side**2)
 
     def _recipe(
-        self, prompt: str, seed: int, request: GenerationRequest, size: tuple[int, int], start: StartImage | None
+        self,
+        prompt: str,
+        seed: int,
+        request: GenerationRequest,
+        size: tuple[int, int],
+        start: StartImage | None,
+        row: int,
     ) -> Recipe:
+        """Of the picture in that row of its batch."""
         assert request.num_inference_steps is not None and request.guidance_scale is not None
         return Recipe(
             prompt=prompt,
@@ -227,8 +236,8 @@ class Generator:
             hires_upscaler=request.hires_upscaler if request.hires_scale else "",
             vae_tiling=self.pipeline.vae.use_tiling,
             adapters=tuple(
-                AdapterRecord(name, weight, self.stack.file_name(name), self.stack.tensor_hash(name))
-                for name, weight in self.stack.weights.items()
+                AdapterRecord(name, written(weight.of_image(row)), self.stack.file_name(name), self.stack.tensor_hash(name))
+                for name, weight in self.stack.active.items()
             ),
             versions={"sdlora": __version__, **{name: version(name) for name in ("torch", "diffusers")}},
         )

@@ -7,6 +7,7 @@ Tolerance: the predictions of the tiny pipelines in fp32 differ by at most 1e-5 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -371,7 +372,7 @@ def test_merged_without_active_adapters_is_the_base(sd1) -> None:
         (lambda s: s.set_adapters(["a", "b", "a"], [0.5, 0.1, 0.2]), AdapterError, "'a' is named twice"),
         (lambda s: s.set_adapters(["a", "c"], [0.5, float("nan")]), AdapterError, "weight of 'c' must be a finite"),
         (lambda s: s.set_weight("c", float("inf")), AdapterError, "finite"),
-        (lambda s: s.set_weight("c", "1"), AdapterError, "finite"),
+        (lambda s: s.set_weight("c", "1:start"), AdapterError, "weight of 'c': .*'start' is not a number"),
         (lambda s: s.set_adapters("c", {"unet": 1.0}), AdapterError, "finite"),
         (lambda s: s.set_weight("c", 1e300), AdapterError, "not finite in torch.float32"),
         (lambda s: s.set_adapters(["c", "b"], [1.0]), AdapterError, "2 adapters are named, but 1 weights"),
@@ -390,27 +391,15 @@ def test_a_failing_call_leaves_the_stack_as_it_was(stack, sd1, call, error, matc
     assert torch.equal(predict(sd1), drawn)
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda s: s.set_adapters("c"),
-        lambda s: s.set_weight("a", 0.1),
-        lambda s: s.unload(),
-        lambda s: s.unload("a"),
-        lambda s: s.load(Path("x.safetensors")),
-        lambda s: s.merged().__enter__(),
-    ],
-)
-def test_calls_that_would_change_a_merged_stack_are_refused(stack, sd1, call) -> None:
-    before, live = tensors_of(sd1), predict(sd1)
+def test_a_merged_stack_is_not_merged_again(stack, sd1) -> None:
+    before = tensors_of(sd1)
     with stack.merged():
         inside = predict(sd1)
-        with pytest.raises(AdapterError, match="while the stack is merged; leave its `with` block first"):
-            call(stack)
+        with pytest.raises(AdapterError, match="merged already; leave that `with` block first"), stack.merged():
+            pytest.fail("entered")
         assert stack.is_merged
         assert torch.equal(predict(sd1), inside)
     assert_bits_equal(sd1, before)
-    assert torch.equal(predict(sd1), live)
 
 
 def refuse(pipeline, path: Path) -> AdapterMismatchError:
@@ -500,11 +489,15 @@ class CountOperations(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
+def count_calls(action: Callable[[], object]) -> int:
+    with torch.no_grad(), CountOperations() as counter:
+        action()
+    return counter.count
+
+
 def operations(pipeline) -> int:
     sample, text = torch.zeros(1, 4, 8, 8), torch.zeros(1, 77, 32)
-    with torch.no_grad(), CountOperations() as counter:
-        pipeline.unet(sample, 10, text)
-    return counter.count
+    return count_calls(lambda: pipeline.unet(sample, 10, text))
 
 
 def test_five_adapters_cost_as_many_operations_as_one_and_merged_ones_none(sd1, tmp_path) -> None:

@@ -14,6 +14,7 @@ from sdlora.errors import GenerationError
 from sdlora.generation import Generator, initial_noise
 from sdlora.picture_file import read_recipe, save_picture
 from sdlora.request import GenerationRequest
+from tests.adapters.builders import random_pairs, write
 
 REQUEST = GenerationRequest(prompt="a fox", num_inference_steps=2, guidance_scale=3.0)
 
@@ -148,3 +149,23 @@ def test_a_picture_without_our_recipe_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(GenerationError, match=r"text\.png"):
         read_recipe(tmp_path / "text.png")
+
+
+def test_pictures_of_one_batch_record_the_weight_each_was_drawn_with(tiny_pipeline, tmp_path: Path) -> None:
+    generator = Generator(tiny_pipeline)
+    path = write(tmp_path / "ink.safetensors", random_pairs(tiny_pipeline.unet))
+    generator.stack.load(path)
+    request = dataclasses.replace(REQUEST, num_images=2, batch_size=2)
+    try:
+        generator.stack.set_weight("ink", "0.5:images=0,2:lbw=OUTALL")
+        pictures = list(generator.draw(request))
+        assert [picture.recipe.adapters[0].weight for picture in pictures] == ["0:lbw=OUTALL", "1:lbw=OUTALL"]
+        assert "<lora:ink:1:lbw=OUTALL>" in pictures[1].recipe.parameters()
+        stored = read_recipe(save_picture(pictures[1].image, tmp_path / "fox.png", pictures[1].recipe))
+        generator.stack.set_weight("ink", stored.adapters[0].weight)
+        alone = next(generator.draw(dataclasses.replace(REQUEST, seed=1))).image
+        assert np.abs(pixels(alone) - pixels(pictures[1].image)).max() <= 1
+        generator.stack.disable()
+        assert next(generator.draw(REQUEST)).recipe.adapters == ()
+    finally:
+        generator.stack.unload()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sdlora.adapter_weight import PRESETS, AdapterWeight
 from sdlora.errors import GenerationError
 from sdlora.prompts import AdapterChoice, cut_words, find_adapter, parse_adapter_argument, split_adapter_tags
 
@@ -19,6 +20,9 @@ from sdlora.prompts import AdapterChoice, cut_words, find_adapter, parse_adapter
         (r"C:\art\ink.safetensors", r"C:\art\ink.safetensors", 1.0),
         (r"C:\art\ink.safetensors:2", r"C:\art\ink.safetensors", 2.0),
         ("ink", "ink", 1.0),
+        ("ink:0.5:lbw=OUTALL", "ink", AdapterWeight(0.5, blocks=PRESETS["OUTALL"])),
+        ("ink.safetensors:0@0,1@0.5", "ink.safetensors", AdapterWeight(curve=((0.0, 0.0), (0.5, 1.0)))),
+        (r"C:\a.safetensors:b\ink", r"C:\a.safetensors:b\ink", 1.0),
     ],
 )
 def test_a_lora_argument_is_a_path_and_perhaps_a_weight(text: str, source: str, weight: float) -> None:
@@ -32,9 +36,11 @@ def test_a_weight_that_is_no_finite_number_is_refused(text: str) -> None:
 
 
 def test_tags_leave_the_prompt_and_become_adapters() -> None:
-    prompt, choices = split_adapter_tags("a fox <lora:ink:0.8>, at night <lora:my style v1.5>")
+    tags = "<lora:ink:0.8>", "<lora:my style v1.5>", "<lora:blob:0.5:lbw=INALL:start=5>"
+    prompt, choices = split_adapter_tags(f"a fox {tags[0]}, at night {tags[1]}{tags[2]}")
     assert prompt == "a fox, at night"
-    assert choices == (AdapterChoice("ink", 0.8), AdapterChoice("my style v1.5", 1.0))
+    blob = AdapterWeight(0.5, blocks=PRESETS["INALL"], start=5)
+    assert choices == (AdapterChoice("ink", 0.8), AdapterChoice("my style v1.5", 1.0), AdapterChoice("blob", blob))
 
 
 def test_a_prompt_without_tags_is_unchanged() -> None:
