@@ -17,6 +17,7 @@ from sdlora.adapter_weight import Weight
 from sdlora.cli_data import app as data_app
 from sdlora.cli_lora import app as lora_app
 from sdlora.cli_runs import app as runs_app
+from sdlora.cli_stack import app as stack_app
 from sdlora.errors import GenerationError, SdloraError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.add_typer(lora_app)
 app.add_typer(data_app)
 app.add_typer(runs_app)
+app.add_typer(stack_app)
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -292,6 +294,12 @@ def generate(
     compiled: Annotated[
         bool, typer.Option("--compile", help="torch.compile: pays for many pictures.", rich_help_panel=_THRIFT)
     ] = False,
+    stack: Annotated[
+        Path | None, typer.Option("--stack", help="A stack file; its LoRAs are found by their hash.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="Of several LoRAs: sum, orthogonal, switch, composite, k-lora.")
+    ] = None,
     lora_dir: LoraDir = Path("outputs"),
     wildcards: Annotated[Path, typer.Option("--wildcards", help="Where __name__ finds NAME.txt.")] = Path("wildcards"),
     preview_every: Annotated[
@@ -326,13 +334,21 @@ def generate(
     )
     request.check()
     always = [parse_adapter_argument(item) for item in lora or []]
-    found: list[tuple[str, list[tuple[Path, Weight]]]] = []
+    stacked: list[tuple[Path, Weight | None]] = []
+    if stack is not None:
+        from sdlora.stack_workflows import find_stack
+
+        said, files = find_stack(stack, [lora_dir])
+        stacked = [(file, entry.weight) for file, entry in zip(files, said.adapters, strict=True)]
+        method, base = method or said.method, base or _known_base(said.base)
+    found: list[tuple[str, list[tuple[Path, Weight | None]]]] = []
     texts, failed = _prompt_lines(prompt, prompts), 0
     for number, line in enumerate(texts):
         try:
             text, tagged = split_adapter_tags(expand_prompt(line, seed=seed, number=number, folder=wildcards))
             places = [Path(), lora_dir]
-            found.append((text, [(find_adapter(c.source, places), c.weight) for c in (*always, *tagged)]))
+            chosen = [(find_adapter(c.source, places), c.weight) for c in (*always, *tagged)]
+            found.append((text, [*stacked, *chosen]))
         except GenerationError as error:
             if len(texts) == 1:
                 raise
@@ -361,11 +377,17 @@ def generate(
                 thrift=thrift,
                 on_step=on_step,
                 preview_every=preview_every,
+                method=method or "sum",
             ),
             num_pictures=len(jobs) * num_images,
         )
     if failed:
         raise typer.Exit(GenerationError.exit_code)
+
+
+def _known_base(name: str | None) -> str | None:
+    """The base a stack file names, where it can be had by that name: the built-in one, or a Hub id."""
+    return name if name == "tiny" or (name is not None and "/" in name) else None
 
 
 def _draw_files(
@@ -439,7 +461,7 @@ def compare(
     steps: Steps = None,
     guidance: Guidance = None,
     precision: DrawPrecision = "auto",
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Pictures computed at once.")] = 4,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Cells computed at once.")] = 8,
     path: Annotated[Path, typer.Option("--out", help="The sheet to write.")] = Path("outputs/compare.png"),
 ) -> None:
     """One sheet of LoRAs or of a run's saves, by weights and seeds."""

@@ -45,7 +45,8 @@ def _weighted(items: list[str]) -> list[tuple[Path, float]]:
     from sdlora.prompts import find_adapter, parse_adapter_argument
 
     choices = [parse_adapter_argument(item) for item in items]
-    numbers = [choice.weight for choice in choices if isinstance(choice.weight, float)]
+    weights = [1.0 if choice.weight is None else choice.weight for choice in choices]
+    numbers = [weight for weight in weights if isinstance(weight, float)]
     if len(numbers) < len(choices):
         raise AdapterError("These weights must be plain numbers. `sdlora stack export` makes a file of more than that.")
     return [(find_adapter(choice.source, [Path()]), weight) for choice, weight in zip(choices, numbers, strict=True)]

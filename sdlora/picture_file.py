@@ -60,6 +60,8 @@ class Recipe:
     hires_upscaler: str = ""
     vae_tiling: bool = False
     adapters: tuple[AdapterRecord, ...] = ()
+    method: str = "sum"
+    """How the adapters were put together, as `AdapterStack.set_method` takes it."""
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def request(self, init_image: Path | None = None) -> GenerationRequest:

@@ -22,7 +22,8 @@ class AdapterChoice:
     """An adapter as the user named it (a path, or a bare name) and its weight; 1.0 is as trained."""
 
     source: str
-    weight: Weight = 1.0
+    weight: Weight | None = None
+    """None: what the file recommends, else 1.0."""
 
 
 def _weight(text: str, whole: str) -> Weight:
@@ -52,7 +53,7 @@ def split_adapter_tags(prompt: str) -> tuple[str, tuple[AdapterChoice, ...]]:
         GenerationError: a tag's weight means nothing.
     """
     choices = tuple(
-        AdapterChoice(match[1].strip(), _weight(match[2], match[0]) if match[2] is not None else 1.0)
+        AdapterChoice(match[1].strip(), _weight(match[2], match[0]) if match[2] is not None else None)
         for match in _TAG.finditer(prompt)
     )
     rest = re.sub(r"\s{2,}", " ", _TAG.sub("", prompt)).strip()

@@ -17,6 +17,7 @@ from sdlora import embedded
 from sdlora.adapter_file import read_adapter
 from sdlora.adapter_tools import find_by_tensor_hash
 from sdlora.adapter_weight import AdapterWeight, Weight, as_weight, simplest
+from sdlora.calibration import recommended_weight
 from sdlora.config import DEFAULT_BASE, TrainConfig, load_config
 from sdlora.data.captions import compose_caption
 from sdlora.data.dataset import ImageDataset
@@ -28,7 +29,8 @@ from sdlora.picture_file import Recipe, read_recipe, save_picture
 from sdlora.progress import terminal_progress
 from sdlora.request import GenerationRequest
 from sdlora.run_dir import RunDir
-from sdlora.sheet import write_sheet
+from sdlora.sheet import write_page, write_sheet
+from sdlora.side_by_side import draw_side_by_side
 from sdlora.training import resume_run, train_adapter
 
 __all__ = [
@@ -52,7 +54,8 @@ class PromptJob:
     """A prompt without its tags, and the files and weights of the adapters it is drawn with."""
 
     prompt: str
-    adapters: tuple[tuple[Path, Weight], ...]
+    adapters: tuple[tuple[Path, Weight | None], ...]
+    """A weight of None is what the file recommends, else 1."""
 
 
 def generate_files(
@@ -66,8 +69,11 @@ def generate_files(
     thrift: Thrift | None = None,
     on_step: Callable[[StepDrawn], None] | None = None,
     preview_every: int | None = None,
+    method: str = "sum",
 ) -> Iterator[Path | GenerationError]:
     """Draw the pictures and yield each file's path as it is written. Nothing existing is overwritten.
+
+    `method` is how the adapters of a prompt are put together, as `AdapterStack.set_method` takes it.
 
     Base None: the one that every adapter says it was trained on if that is the embedded base, else the default base. Of
     several jobs, one that cannot be drawn yields its error, and the next is begun. Processes that accelerate started
@@ -93,7 +99,7 @@ def generate_files(
         for job, numbered in groupby(shared.items, lambda item: item[1].job):
             part = list(numbered)
             try:
-                _set_weights(generator, names, job.adapters)
+                _set_weights(generator, names, job.adapters, method)
                 drawn = generator.draw_many([job.prompt] * len(part), [p.seed for _, p in part], request)
                 for (number, _), picture in zip(part, drawn, strict=True):
                     path = out_dir / f"{number:05d}-seed{picture.recipe.seed}.png"
@@ -133,7 +139,7 @@ def draw_again(
     recipe = read_recipe(picture)
     base = base or _base_of_recipe(picture, recipe)
     start = _start_of_recipe(picture, recipe, init_image, folders)
-    files = []
+    files: list[tuple[Path, Weight | None]] = []
     for record in recipe.adapters:
         found = find_by_tensor_hash(record.tensor_hash, folders, name=record.file)
         if found is None:
@@ -147,7 +153,7 @@ def draw_again(
     precision = _PRECISIONS.get(recipe.precision, "auto")
     generator = Generator.from_base(base, precision=precision, thrift=thrift, warn=warn)
     names = _load_all(generator, [path for path, _ in files])
-    _set_weights(generator, names, files)
+    _set_weights(generator, names, files, recipe.method)
     drawn = next(generator.draw(recipe.request(start)))
     path = save_picture(drawn.image, _free_path(out_dir / picture.name), drawn.recipe)
     say(_likeness(picture, drawn.image, recipe, drawn.recipe))
@@ -204,6 +210,9 @@ def compare_adapters(
 ) -> Path:
     """A sheet: a row a prompt and seed, a column the base alone and each adapter at each weight.
 
+    The cells of a row are one batch (`request.batch_size` at most), each drawn with weights of its own. Beside the
+    sheet a page of the same name, .html, shows it in a browser.
+
     Raises:
         GenerationError: there is no prompt, or the request is out of range.
         ModelError, AdapterError: base or adapter cannot be used.
@@ -218,21 +227,19 @@ def compare_adapters(
     request = _suited(request, base)
     cells = [(prompt, seed) for prompt in prompts for seed in seeds]
     rows = [f"{prompt} · {seed}" if len(seeds) > 1 else prompt for prompt, seed in cells]
-
-    def draw() -> list[Image.Image]:
-        pictures = generator.draw_many([prompt for prompt, _ in cells], [seed for _, seed in cells], request)
-        return [picture.image for picture in pictures]
-
-    generator.stack.set_adapters([])
-    columns = {"without": draw()}
+    headings: dict[str, dict[str, float]] = {"without": {}}
     for label, file in subject.files.items():
         for weight in weights:
-            heading = f"{label} {weight:g}" if len(weights) > 1 or weight != 1 else label
-            say(f"{heading}: {len(cells)} pictures")
-            generator.stack.set_adapters(names[file], weight)
-            columns[heading] = draw()
+            headings[f"{label} {weight:g}" if len(weights) > 1 or weight != 1 else label] = {names[file]: weight}
+    columns: dict[str, list[Image.Image]] = {heading: [] for heading in headings}
+    for row, (prompt, seed) in zip(rows, cells, strict=True):
+        say(f"{row}: {len(headings)} pictures")
+        pictures = draw_side_by_side(generator, prompt, seed, list(headings.values()), request)
+        for column, picture in zip(columns.values(), pictures, strict=True):
+            column.append(picture)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_sheet(columns, rows, path)
+    write_page(columns, rows, path.with_suffix(".html"), title=f"{', '.join(subject.files)} on {Path(base).name}")
     return path
 
 
@@ -276,10 +283,13 @@ def _load_all(generator: Generator, files: Sequence[Path]) -> dict[Path, str]:
     return names
 
 
-def _set_weights(generator: Generator, names: Mapping[Path, str], adapters: Sequence[tuple[Path, Weight]]) -> None:
+def _set_weights(
+    generator: Generator, names: Mapping[Path, str], adapters: Sequence[tuple[Path, Weight | None]], method: str
+) -> None:
     """A file that is named twice counts with the sum of its weights, which must be plain numbers then."""
     weights: dict[str, Weight] = {}
-    for path, weight in adapters:
+    for path, given in adapters:
+        weight = recommended_weight(read_adapter(path).metadata) if given is None else given
         before = weights.get(names[path], 0.0)
         if before == 0.0:
             weights[names[path]] = weight
@@ -288,6 +298,7 @@ def _set_weights(generator: Generator, names: Mapping[Path, str], adapters: Sequ
         else:
             weights[names[path]] = before + weight
     generator.stack.set_adapters(list(weights), list(weights.values()))
+    generator.stack.set_method(method)
 
 
 def _suited(request: GenerationRequest, base: str) -> GenerationRequest:

@@ -236,9 +236,12 @@ class Generator:
             hires_upscaler=request.hires_upscaler if request.hires_scale else "",
             vae_tiling=self.pipeline.vae.use_tiling,
             adapters=tuple(
-                AdapterRecord(name, written(weight.of_image(row)), self.stack.file_name(name), self.stack.tensor_hash(name))
+                AdapterRecord(
+                    name, written(weight.of_image(row)), self.stack.file_name(name), self.stack.tensor_hash(name)
+                )
                 for name, weight in self.stack.active.items()
             ),
+            method=self.stack.method,
             versions={"sdlora": __version__, **{name: version(name) for name in ("torch", "diffusers")}},
         )
 

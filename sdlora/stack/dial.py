@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sdlora.adapter_weight import AdapterWeight
 from sdlora.errors import AdapterError
+from sdlora.stack.method import Method, choice_threshold
 
 __all__ = ["Dial", "Layout", "StepDial"]
 
@@ -23,6 +24,8 @@ class Dial:
     def __init__(self, rows: Sequence[Sequence[float]]):
         self._rows: Tensor
         self._spread: dict[tuple[object, ...], Tensor] = {}
+        self.threshold = 0.0
+        """Where a layer has a ratio: above it the first adapter acts there, else the second."""
         self.turn(rows)
 
     def turn(self, rows: Sequence[Sequence[float]]) -> None:
@@ -30,7 +33,7 @@ class Dial:
         self._rows = torch.tensor(rows, dtype=torch.float32)
         self._spread.clear()
 
-    def factors(self, layout: Layout, hidden: Tensor, axis: int) -> Tensor:
+    def factors(self, layout: Layout, hidden: Tensor, axis: int, ratio: float | None = None) -> Tensor:
         """The factors on the rank axis of `hidden`, shaped to be multiplied with it.
 
         Layers of one layout share the tensor, so that what varies is put in place once a forward pass and not once a
@@ -39,9 +42,13 @@ class Dial:
         Raises:
             AdapterError: the batch has another number of rows.
         """
-        key = (layout, hidden.ndim, axis, hidden.dtype, hidden.device)
+        chosen = None if ratio is None else int(ratio <= self.threshold)
+        key = (layout, hidden.ndim, axis, hidden.dtype, hidden.device, chosen)
         if key not in self._spread:
-            columns = [self._rows[:, adapter, None].expand(-1, rank) for adapter, rank in layout]
+            columns = [
+                self._rows[:, adapter, None].expand(-1, rank) * float(chosen in (None, adapter))
+                for adapter, rank in layout
+            ]
             spread = torch.cat(columns, dim=1).to(hidden.device, hidden.dtype)
             shape = [len(spread), *[1] * (hidden.ndim - 1)]
             shape[axis] = spread.shape[1]
@@ -58,22 +65,45 @@ class Dial:
 class StepDial(Dial):
     """The dial of a U-Net, turned before each of its forward passes."""
 
-    def __init__(self, weights: Sequence[AdapterWeight], pipeline: Callable[[], Any]):
-        self._weights, self._pipeline = weights, pipeline
+    def __init__(self, weights: Sequence[AdapterWeight], pipeline: Callable[[], Any], method: Method):
+        self._weights, self._pipeline, self._method = weights, pipeline, method
         super().__init__([[1.0] * len(weights)])
 
-    def before_unet(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    @property
+    def is_composite(self) -> bool:
+        """Whether `after_unet` has to be a forward hook of the U-Net too."""
+        return self._method.name == "composite"
+
+    def before_unet(
+        self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A forward pre-hook: finds the step by the timestep, and the images and branches by the batch."""
         sample = args[0] if args else kwargs["sample"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         step, steps = self._step(timestep)
         images = max(len(weight.images) for weight in self._weights)
-        self.turn(
+        count, self.threshold = len(self._weights), choice_threshold(step, steps)
+        rows = [
             [
-                [weight.of_step(step, steps) * weight.of_row(image, is_cond=is_cond) for weight in self._weights]
-                for image, is_cond in batch_rows(len(sample), images, is_guided=self._is_guided)
+                weight.of_step(step, steps)
+                * weight.of_row(image, is_cond=is_cond)
+                * self._method.turn(number, count, step)
+                for number, weight in enumerate(self._weights)
             ]
-        )
+            for image, is_cond in batch_rows(len(sample), images, is_guided=self._is_guided)
+        ]
+        if self.is_composite:
+            rows = [[f if n == only else 0.0 for n, f in enumerate(row)] for only in range(count) for row in rows]
+            args, kwargs = _repeated((args, kwargs), len(sample), count)
+        self.turn(rows)
+        return args, kwargs
+
+    def after_unet(self, unet: nn.Module, inputs: Any, output: Any) -> Any:
+        """A forward hook for composite: the mean of what each adapter predicted alone."""
+        is_tuple = isinstance(output, tuple)
+        sample = output[0] if is_tuple else output.sample
+        mean = sample.unflatten(0, (len(self._weights), -1)).mean(0)
+        return (mean, *output[1:]) if is_tuple else type(output)(sample=mean)
 
     @property
     def _is_guided(self) -> bool:
@@ -82,9 +112,11 @@ class StepDial(Dial):
 
     def _step(self, timestep: Tensor | float) -> tuple[int, int]:
         """(step, steps), counted on the scheduler's whole schedule, so that image-to-image begins inside it."""
-        if not any(weight.curve or weight.start or weight.stop is not None for weight in self._weights):
+        needs_none = self._method.is_constant or self.is_composite
+        if needs_none and not any(weight.curve or weight.start or weight.stop is not None for weight in self._weights):
             return 0, 1
-        times = self._pipeline().scheduler.timesteps
+        # Schedulers that call the U-Net twice in a step list its timestep twice.
+        times = self._pipeline().scheduler.timesteps.unique_consecutive()
         now = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
         return int((times.double().cpu() - now).abs().argmin()), len(times)
 
@@ -106,3 +138,14 @@ def batch_rows(batch: int, images: int, *, is_guided: bool) -> list[tuple[int, b
             f"{images} weights per image are given, but the batch has {batch // (1 + is_guided)} images."
         )
     return [(row % images, row >= batch - images) for row in range(batch)]
+
+
+def _repeated(value: Any, batch: int, times: int) -> Any:
+    """Every tensor of the batch `times` times, one after the other, in whatever holds it."""
+    if isinstance(value, Tensor):
+        return torch.cat([value] * times) if value.ndim and len(value) == batch else value
+    if isinstance(value, dict):
+        return {key: _repeated(item, batch, times) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_repeated(item, batch, times) for item in value)
+    return value

@@ -34,21 +34,27 @@ class Term:
 class LiveDelta:
     """A forward hook that adds one low-rank term to the output of a Linear or Conv2d."""
 
-    def __init__(self, down: Tensor, up: Tensor, layout: Layout = (), dial: Dial | None = None):
+    def __init__(
+        self, down: Tensor, up: Tensor, layout: Layout = (), dial: Dial | None = None, ratio: float | None = None
+    ):
         self._down = down  # [sum of ranks, in(, k, k)], fp32
         self._up = up  # [out, sum of ranks(, 1, 1)], fp32, strengths and scales folded in
         self._placed = (down, up)
-        self._layout, self._dial = layout, dial
+        self._layout, self._dial, self._ratio = layout, dial, ratio
 
     @staticmethod
-    def of(layer: nn.Module, terms: Sequence[Term], dial: Dial | None) -> LiveDelta:
-        """The adapters' factors side by side. Raises AdapterError if they are not finite in the layer's type."""
+    def of(layer: nn.Module, terms: Sequence[Term], dial: Dial | None, ratio: float | None = None) -> LiveDelta:
+        """The adapters' factors side by side; `ratio` is what a layer chooses by under k-lora.
+
+        Raises AdapterError if they are not finite in the layer's type.
+        """
         factors = [fold(term.pair, weight=term.strength) for term in terms]
         delta = LiveDelta(
             torch.cat([down for down, _ in factors]),
             torch.cat([up for _, up in factors], dim=1),
             tuple((term.adapter, term.pair.rank) for term in terms),
             dial,
+            ratio,
         )
         weight = layer_weight(layer)
         if weight.dtype in (torch.float16, torch.bfloat16, torch.float32) and weight.device.type != "meta":
@@ -67,7 +73,7 @@ class LiveDelta:
         return output + F.linear(self._dialled(F.linear(hidden, down), axis=-1), up)
 
     def _dialled(self, hidden: Tensor, axis: int) -> Tensor:
-        return hidden if self._dial is None else hidden * self._dial.factors(self._layout, hidden, axis)
+        return hidden if self._dial is None else hidden * self._dial.factors(self._layout, hidden, axis, self._ratio)
 
     def dense(self) -> Tensor:
         """The full matrix of the term, [out, in * k * k], in fp32."""

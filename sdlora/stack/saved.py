@@ -10,7 +10,7 @@ from typing import Any
 from sdlora.adapter_weight import AdapterWeight, as_weight
 from sdlora.errors import AdapterError
 
-__all__ = ["SavedAdapter", "read_state", "write_state"]
+__all__ = ["SavedAdapter", "SavedStack", "read_state", "write_state"]
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,24 @@ class SavedAdapter:
     weight: AdapterWeight | None
 
 
-def write_state(adapters: Sequence[SavedAdapter], *, is_enabled: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class SavedStack:
+    """All of a stack, `weights` in the order in which they were set."""
+
+    adapters: tuple[SavedAdapter, ...]
+    weights: Mapping[str, AdapterWeight]
+    is_enabled: bool
+    method: str
+
+
+def write_state(
+    adapters: Sequence[SavedAdapter], *, order: Sequence[str], is_enabled: bool, method: str
+) -> dict[str, Any]:
     """Only strings, booleans, lists and dictionaries. An adapter that is off has no weight."""
     return {
         "enabled": is_enabled,
+        "method": method,
+        "order": list(order),
         "adapters": [
             {"name": saved.name, "path": str(saved.path.absolute()), "tensor_hash": saved.tensor_hash}
             | ({} if saved.weight is None else {"weight": str(saved.weight)})
@@ -35,14 +49,14 @@ def write_state(adapters: Sequence[SavedAdapter], *, is_enabled: bool) -> dict[s
     }
 
 
-def read_state(state: Mapping[str, Any]) -> tuple[list[SavedAdapter], bool]:
+def read_state(state: Mapping[str, Any]) -> SavedStack:
     """What `write_state` wrote.
 
     Raises:
         AdapterError: it is not of that form, or names an adapter twice.
     """
     try:
-        adapters = [
+        adapters = tuple(
             SavedAdapter(
                 str(record["name"]),
                 Path(record["path"]),
@@ -50,10 +64,12 @@ def read_state(state: Mapping[str, Any]) -> tuple[list[SavedAdapter], bool]:
                 as_weight(record["weight"]) if "weight" in record else None,
             )
             for record in state["adapters"]
-        ]
-        is_enabled = bool(state["enabled"])
+        )
+        weights = {saved.name: saved.weight for saved in adapters if saved.weight is not None}
+        ordered = {str(name): weights[name] for name in state["order"]}
+        saved = SavedStack(adapters, ordered, bool(state["enabled"]), str(state["method"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"This is not the state of a stack ({type(error).__name__}: {error}).") from error
-    if len({saved.name for saved in adapters}) < len(adapters):
-        raise AdapterError("The state of the stack names an adapter twice.")
-    return adapters, is_enabled
+    if len({adapter.name for adapter in adapters}) < len(adapters) or weights.keys() != ordered.keys():
+        raise AdapterError("The state of the stack names an adapter twice, or not in its order.")
+    return saved

@@ -31,6 +31,7 @@ from sdlora.adapter_file import PARTS, Part, read_adapter, resolve_layers
 from sdlora.adapter_weight import AdapterWeight, Weight, as_weight, simplest
 from sdlora.errors import AdapterError, DuplicateAdapterError, UnknownAdapterError
 from sdlora.stack.merge import MergedLayers
+from sdlora.stack.method import Method, parse_method
 from sdlora.stack.plan import LoadedAdapter, Place, Plan, make_plan
 from sdlora.stack.saved import SavedAdapter, read_state, write_state
 
@@ -48,6 +49,7 @@ class _State:
     loaded: Mapping[str, LoadedAdapter] = field(default_factory=dict)
     weights: Mapping[str, AdapterWeight] = field(default_factory=dict)
     is_enabled: bool = True
+    method: Method = field(default_factory=Method)
 
 
 class AdapterStack:
@@ -96,6 +98,11 @@ class AdapterStack:
     def active(self) -> Mapping[str, AdapterWeight]:
         """The adapters that act now: those of `weights`, or none while the stack is disabled."""
         return MappingProxyType(self._state.weights if self._state.is_enabled else {})
+
+    @property
+    def method(self) -> str:
+        """How the adapters are put together: "sum", unless `set_method` said otherwise."""
+        return str(self._state.method)
 
     @property
     def is_enabled(self) -> bool:
@@ -156,6 +163,14 @@ class AdapterStack:
         """Read steps and guidance from this pipeline from now on: one that draws with the same modules."""
         self._drawing = pipeline
 
+    def set_method(self, method: str) -> None:
+        """Put the adapters together in another way: one of "sum", "orthogonal", "switch", "composite", "k-lora".
+
+        "switch:3" changes every three steps. In all but the sum the order of `set_adapters` counts. Raises AdapterError
+        for a method that is not known, or that cannot be used with the adapters that are on.
+        """
+        self._apply(replace(self._state, method=parse_method(method)))
+
     def enable(self) -> None:
         """Let the weights count again."""
         self._apply(replace(self._state, is_enabled=True))
@@ -178,17 +193,17 @@ class AdapterStack:
             SavedAdapter(name, adapter.path, adapter.tensor_sha256, self._state.weights.get(name))
             for name, adapter in self._state.loaded.items()
         ]
-        return write_state(adapters, is_enabled=self._state.is_enabled)
+        order = list(self._state.weights)
+        return write_state(adapters, order=order, is_enabled=self._state.is_enabled, method=self.method)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Make the stack what it was at `state()`; files that are not loaded any more are read again.
 
         Raises AdapterError if the data is not of that form or a file has other tensors now, and what `load` raises.
         """
-        adapters, is_enabled = read_state(state)
-        loaded = {saved.name: self._found(saved) for saved in adapters}
-        weights = {saved.name: saved.weight for saved in adapters if saved.weight is not None}
-        self._apply(_State(loaded, weights, is_enabled))
+        saved = read_state(state)
+        loaded = {adapter.name: self._found(adapter) for adapter in saved.adapters}
+        self._apply(_State(loaded, saved.weights, saved.is_enabled, parse_method(saved.method)))
 
     @contextmanager
     def applied(self, weights: Mapping[str, Given] | None = None) -> Iterator[Mode]:
@@ -287,7 +302,8 @@ class AdapterStack:
     def _apply(self, state: _State) -> None:
         """Make this the state of the stack. Everything that can fail comes before the first change."""
         active = state.weights.items() if state.is_enabled else ()
-        plan = make_plan([(state.loaded[name], weight) for name, weight in active], self._places, lambda: self._drawing)
+        adapters = [(state.loaded[name], weight) for name, weight in active]
+        plan = make_plan(adapters, self._places, lambda: self._drawing, state.method)
         if self._merged is not None:
             self._refuse_varying(plan)
             self._merged.write(plan.deltas)
@@ -297,7 +313,10 @@ class AdapterStack:
 
     def _refuse_varying(self, plan: Plan) -> None:
         if plan.unet_dial is not None:
-            raise AdapterError("Weights that vary over steps, images or branches cannot be merged; use applied().")
+            raise AdapterError(
+                "What varies over steps, images or branches, as these weights or this method do, cannot be merged; use "
+                "applied()."
+            )
 
     def _install(self, plan: Plan) -> None:
         """Put this plan's hooks in the place of those that are there."""
@@ -307,3 +326,5 @@ class AdapterStack:
         if plan.unet_dial is not None:
             before = self._models["unet"].register_forward_pre_hook(plan.unet_dial.before_unet, with_kwargs=True)
             self._hooks.append(before)
+            if plan.unet_dial.is_composite:
+                self._hooks.append(self._models["unet"].register_forward_hook(plan.unet_dial.after_unet))

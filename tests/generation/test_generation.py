@@ -169,3 +169,17 @@ def test_pictures_of_one_batch_record_the_weight_each_was_drawn_with(tiny_pipeli
         assert next(generator.draw(REQUEST)).recipe.adapters == ()
     finally:
         generator.stack.unload()
+
+
+@pytest.mark.parametrize("scheduler", ["euler", "heun"])
+def test_steps_are_counted_on_the_schedule_that_draws(generator, tiny_pipeline, tmp_path: Path, scheduler: str) -> None:
+    request = dataclasses.replace(REQUEST, scheduler=scheduler, num_inference_steps=3)
+    base = next(generator.draw(request)).image
+    generator.stack.load(write(tmp_path / "ink.safetensors", random_pairs(tiny_pipeline.unet)))
+    try:
+        generator.stack.set_weight("ink", "30:start=3")
+        assert np.abs(pixels(next(generator.draw(request)).image) - pixels(base)).max() <= 1
+        generator.stack.set_weight("ink", "30:start=2")
+        assert np.abs(pixels(next(generator.draw(request)).image) - pixels(base)).max() > 1
+    finally:
+        generator.stack.unload()

@@ -14,15 +14,15 @@ from sdlora.prompts import AdapterChoice, cut_words, find_adapter, parse_adapter
 @pytest.mark.parametrize(
     ("text", "source", "weight"),
     [
-        ("ink.safetensors", "ink.safetensors", 1.0),
+        ("ink.safetensors", "ink.safetensors", None),
         ("ink.safetensors:0.8", "ink.safetensors", 0.8),
         ("a b/v1.5.safetensors:-.25", "a b/v1.5.safetensors", -0.25),
-        (r"C:\art\ink.safetensors", r"C:\art\ink.safetensors", 1.0),
+        (r"C:\art\ink.safetensors", r"C:\art\ink.safetensors", None),
         (r"C:\art\ink.safetensors:2", r"C:\art\ink.safetensors", 2.0),
-        ("ink", "ink", 1.0),
+        ("ink", "ink", None),
         ("ink:0.5:lbw=OUTALL", "ink", AdapterWeight(0.5, blocks=PRESETS["OUTALL"])),
         ("ink.safetensors:0@0,1@0.5", "ink.safetensors", AdapterWeight(curve=((0.0, 0.0), (0.5, 1.0)))),
-        (r"C:\a.safetensors:b\ink", r"C:\a.safetensors:b\ink", 1.0),
+        (r"C:\a.safetensors:b\ink", r"C:\a.safetensors:b\ink", None),
     ],
 )
 def test_a_lora_argument_is_a_path_and_perhaps_a_weight(text: str, source: str, weight: float) -> None:
@@ -40,7 +40,7 @@ def test_tags_leave_the_prompt_and_become_adapters() -> None:
     prompt, choices = split_adapter_tags(f"a fox {tags[0]}, at night {tags[1]}{tags[2]}")
     assert prompt == "a fox, at night"
     blob = AdapterWeight(0.5, blocks=PRESETS["INALL"], start=5)
-    assert choices == (AdapterChoice("ink", 0.8), AdapterChoice("my style v1.5", 1.0), AdapterChoice("blob", blob))
+    assert choices == (AdapterChoice("ink", 0.8), AdapterChoice("my style v1.5", None), AdapterChoice("blob", blob))
 
 
 def test_a_prompt_without_tags_is_unchanged() -> None:

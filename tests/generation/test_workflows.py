@@ -15,7 +15,7 @@ from sdlora.adapter_file import rewrite_metadata
 from sdlora.cli import app
 from sdlora.errors import GenerationError
 from sdlora.picture_file import read_recipe
-from sdlora.sheet import write_sheet
+from sdlora.sheet import write_page, write_sheet
 from sdlora.training import train_adapter
 from tests.adapters.builders import random_pairs, write
 from tests.tiny import tiny_sd1
@@ -147,7 +147,10 @@ def test_compare_draws_each_adapter_at_each_weight(base: Path, loras: dict[str, 
     sheet = tmp_path / "sheet.png"
     arguments = ("--prompt", "a fox", "--prompt", "an owl", "--weights", "0,0.5,1", "--seeds", "1,2")
     output = run("compare", *loras.values(), *arguments, "--base", base, "--out", sheet, *QUICK)
-    assert "ink 0.5: 4 pictures" in output
+    assert "an owl · 2: 7 pictures" in output
+    page = (tmp_path / "sheet.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 4 * 7 and "http" not in page
+    assert "<th>ink 0.5</th>" in page and "<th>an owl · 2</th>" in page
     image = pixels(sheet)
     # Two adapters at three weights and the base; two prompts with two seeds.
     height, width = image.shape[0] - 28, image.shape[1]
@@ -168,12 +171,21 @@ def test_compare_of_a_run_shows_what_it_saved_on_its_own_captions(base: Path, tm
     )
     train_adapter(config)
     output = run("compare", tmp_path / "ink", "--out", tmp_path / "sheet.png", *QUICK)
-    for heading in ("ink-step-000002: 4 pictures", "ink-step-000004: 4 pictures", "ink: 4 pictures"):
-        assert heading in output
+    assert output.count(": 4 pictures") == 4
+    for heading in ("ink-step-000002", "ink-step-000004", "ink"):
+        assert f"<th>{heading}</th>" in (tmp_path / "sheet.html").read_text(encoding="utf-8")
     with pytest.raises(GenerationError, match=r"no config\.toml"):
         run("compare", tmp_path / "data")
     with pytest.raises(GenerationError, match="A comparison needs prompts"):
         run("compare", tmp_path / "ink" / "ink.safetensors", "--base", base)
+
+
+def test_a_page_escapes_what_prompts_and_names_say(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (2, 2))
+    write_page({"<ink>": [picture]}, ['a "fox" & <script>'], tmp_path / "page.html", title="<ink>")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<script>" not in page and "<ink>" not in page
+    assert "<th>a &quot;fox&quot; &amp; &lt;script&gt;</th>" in page
 
 
 def test_long_labels_are_cut_and_every_picture_has_its_place(tmp_path: Path) -> None:
