@@ -13,7 +13,6 @@ from typing import TextIO
 import numpy as np
 from PIL import Image
 
-from sdlora import embedded
 from sdlora.adapter_file import read_adapter
 from sdlora.adapter_tools import find_by_tensor_hash
 from sdlora.adapter_weight import AdapterWeight, Weight, as_weight, simplest
@@ -94,7 +93,6 @@ def generate_files(
         base, precision=precision, device=shared.device, thrift=thrift, warn=warn, on_step=on_step
     )
     names = _load_all(generator, files)
-    request = _suited(request, base)
     with preview_files(generator, out_dir, every=preview_every, process=shared.process):
         for job, numbered in groupby(shared.items, lambda item: item[1].job):
             part = list(numbered)
@@ -224,7 +222,6 @@ def compare_adapters(
     base = base or subject.base or _base_of_adapters(files) or DEFAULT_BASE
     generator = Generator.from_base(base, precision=precision, warn=warn)
     names = _load_all(generator, files)
-    request = _suited(request, base)
     cells = [(prompt, seed) for prompt in prompts for seed in seeds]
     rows = [f"{prompt} · {seed}" if len(seeds) > 1 else prompt for prompt, seed in cells]
     headings: dict[str, dict[str, float]] = {"without": {}}
@@ -299,13 +296,6 @@ def _set_weights(
             weights[names[path]] = before + weight
     generator.stack.set_adapters(list(weights), list(weights.values()))
     generator.stack.set_method(method)
-
-
-def _suited(request: GenerationRequest, base: str) -> GenerationRequest:
-    """Steps and guidance that suit the embedded base, where none are given."""
-    if base != "tiny":
-        return request
-    return request.with_defaults(embedded.NUM_INFERENCE_STEPS, embedded.GUIDANCE_SCALE)
 
 
 def _base_of_adapters(files: Sequence[Path]) -> str | None:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdlora import __version__
+from sdlora import __version__, embedded
 from sdlora.adapter_weight import written
 from sdlora.errors import GenerationError
 from sdlora.families import load_pipeline, resolve_base
@@ -35,6 +35,9 @@ from sdlora.request import GenerationRequest
 from sdlora.stack import AdapterStack
 
 __all__ = ["GeneratedPicture", "Generator"]
+
+_SUITED = {"tiny": (embedded.NUM_INFERENCE_STEPS, embedded.GUIDANCE_SCALE)}
+"""Steps and guidance of a base, where they are not those of Stable Diffusion."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class Generator:
         `prompt`, `seed` and `num_images` of the request are not used.
         """
         request.check()
-        request = request.with_defaults()
+        request = request.with_defaults(*_SUITED.get(self.base, ()))
         self._check_steps(request)
         weighted = request.prompt_syntax == "weighted"
         encoder = PromptEncoder(self.pipeline, weighted=weighted, clip_skip=request.clip_skip)

@@ -102,14 +102,14 @@ class PromptEncoder:
     def _pass(self, encoder: Any, chunks: Sequence[_Chunk]) -> tuple[Tensor, Tensor | None]:
         """Hidden states [B, 77, D] and, if the encoder has one, the pooled projection [B, D]."""
         ids = torch.tensor([chunk.ids for chunk in chunks], device=self._pipeline._execution_device)
+        normed = self._family.hidden_state_normed
+        if normed and self._from_end == 1:
+            return encoder(ids).last_hidden_state, None
         output = encoder(ids, output_hidden_states=True)
-        pooled = output[0] if output[0].ndim == 2 else None
-        if not self._family.hidden_state_normed:
-            return output.hidden_states[-self._from_end], pooled
-        if self._from_end == 1:
-            return output.last_hidden_state, pooled
-        norm = getattr(encoder, "text_model", encoder).final_layer_norm
-        return norm(output.hidden_states[-self._from_end]), pooled
+        hidden = output.hidden_states[-self._from_end]
+        if normed:
+            hidden = getattr(encoder, "text_model", encoder).final_layer_norm(hidden)
+        return hidden, output[0] if output[0].ndim == 2 else None
 
     def _chunks(self, tokenizer: Any, text: str) -> list[_Chunk]:
         parts = parse_emphasis(text) if self._weighted else (WeightedText(text),)

@@ -80,7 +80,7 @@ class _BrownianNoise:
         self, sigmas: Tensor, seeds: Sequence[int], shape: Sequence[int], device: torch.device, dtype: torch.dtype
     ):
         self._sigmas, self._seeds, self._shape = sigmas[sigmas > 0], list(seeds), shape
-        self._place = {"device": device, "dtype": dtype}
+        self._device, self._dtype = device, dtype
         self._sampler: Any = None
 
     def __call__(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class _BrownianNoise:
             # It warns where a sigma and the span's end differ by the rounding of fp32.
             warnings.simplefilter("ignore", UserWarning)
             noise: Tensor = self._sampler(sigma, sigma_next)
-        return noise.to(**self._place)
+        return noise.to(self._device, self._dtype)
 
 
 def _nearly_zero_snr_betas(alphas_cumprod: Tensor) -> list[float]:

@@ -181,7 +181,9 @@ def test_two_processes_draw_the_files_of_one(base: Path, tmp_path: Path) -> None
     assert [process.wait(timeout=240) for process in together] == [0, 0]
     one, two = (sorted((tmp_path / name).glob("*.png")) for name in ("one", "two"))
     assert [path.name for path in one] == [path.name for path in two] and len(one) == 9
-    assert all((pixels(a) == pixels(b)).all() for a, b in zip(one, two, strict=True))
+    # Another process has its memory elsewhere, which may round a sum otherwise: one level of 255.
+    assert max(np.abs(pixels(a) - pixels(b)).max() for a, b in zip(one, two, strict=True)) <= 1
+    assert [read_recipe(path) for path in one] == [read_recipe(path) for path in two]
 
 
 def test_the_embedded_base_takes_its_own_steps_unless_the_scheduler_has_some(tmp_path: Path) -> None:
