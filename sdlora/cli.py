@@ -175,6 +175,9 @@ def train(
     precision: Annotated[str | None, typer.Option("--precision", "--mixed_precision")] = None,
     seed: Annotated[int | None, typer.Option("--seed")] = None,
     xformers: Annotated[bool, typer.Option("--xformers", help="Attention by xformers (CUDA only).")] = False,
+    with_captions: Annotated[
+        bool, typer.Option("--with-captions", help="Write the captions' words into the file's header.")
+    ] = False,
 ) -> None:
     """Train a style LoRA on a folder of images."""
     given = {
@@ -192,6 +195,7 @@ def train(
         "train.seed": seed,
         "output.dir": out_dir,
         "output.name": name,
+        "output.with_captions": True if with_captions else None,
     }
     train_config = _train_config(config, given, settings or [])
 
@@ -235,6 +239,8 @@ def _train_config(config: Path | None, given: Mapping[str, object], settings: Se
 
 def _toml_value(value: object) -> str:
     """A command-line value as the right-hand side of `--set`."""
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, int | float):
         return repr(value)
     import json

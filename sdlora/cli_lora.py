@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,9 @@ from sdlora.errors import AdapterError, AdapterFileError
 
 __all__ = ["app"]
 
-app = typer.Typer(name="lora", help="Look into adapter files, merge, shrink, convert them.", no_args_is_help=True)
+app = typer.Typer(
+    name="lora", help="Look into adapter files, merge, shrink, convert, share them.", no_args_is_help=True
+)
 out = Console(highlight=False, soft_wrap=True)
 
 File = Annotated[Path, typer.Argument(help="A .safetensors file. It is only read.")]
@@ -78,7 +81,8 @@ def _print_report(report) -> None:  # type: ignore[no-untyped-def]
     ranks = ", ".join(map(str, report.ranks))
     alphas = ", ".join(f"{alpha:g}" for alpha in report.alphas)
     _say(f"\n{report.path}  ({report.size_bytes / 1024:.0f} kB)")
-    _say(f"  for {report.family or 'an unknown base'}, {'/'.join(report.dialects)} keys, {report.dtype}")
+    kind = " and ".join(report.methods)
+    _say(f"  {kind} for {report.family or 'an unknown base'}, {'/'.join(report.dialects)} keys, {report.dtype}")
     _say(f"  rank {ranks}, alpha {alphas}; layers: {', '.join(f'{n} {kind}' for kind, n in report.targets.items())}")
     if report.trigger:
         _say(f"  trigger: {report.trigger}")
@@ -161,7 +165,7 @@ def metadata(
 
 @app.command()
 def extract(
-    tuned: Annotated[str, typer.Argument(help="The fine-tuned model: a diffusers folder or Hub id.")],
+    tuned: Annotated[str, typer.Argument(help="The fine-tuned model: checkpoint file, diffusers folder or Hub id.")],
     base: Annotated[str, typer.Argument(help="What it was tuned from.")],
     target: Target,
     rank: Annotated[int, typer.Option("--rank", min=1)] = 32,
@@ -175,14 +179,110 @@ def extract(
 
 @app.command()
 def bake(
-    target: Annotated[Path, typer.Argument(help="The diffusers folder to write.")],
+    target: Annotated[
+        Path, typer.Argument(help="The .safetensors file (of a base that is one) or diffusers folder to write.")
+    ],
     adapters: Weighted,
-    base: Annotated[str, typer.Option("--base", help="Folder, Hub id, or `tiny` (built in).")],
+    base: Annotated[str, typer.Option("--base", help="Checkpoint file, folder, Hub id, or `tiny` (built in).")],
 ) -> None:
     """The base model with adapters merged in, as a model of its own."""
     from sdlora.lora_workflows import bake as run
 
     run(_weighted(adapters), base, target, say=_say)
+
+
+@app.command()
+def publish(
+    file: File,
+    target: Annotated[Path, typer.Argument(help="The folder to write, or a .zip for Civitai.")],
+    licence: Annotated[str | None, typer.Option("--license", help="E.g. cc-by-4.0; yours to choose.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="The file's new name, and its title.")] = None,
+    author: Annotated[str | None, typer.Option("--author")] = None,
+    description: Annotated[str | None, typer.Option("--description")] = None,
+    trigger: Annotated[str | None, typer.Option("--trigger", help="The phrase that calls the style.")] = None,
+    tags: Annotated[list[str] | None, typer.Option("--tag", help="As often as needed.")] = None,
+    weight: Annotated[float | None, typer.Option("--weight", min=0.01, max=10, help="To begin with.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="The base model as the Hub calls it.")] = None,
+    pictures: Annotated[
+        list[Path] | None, typer.Option("--picture", help="Examples; the first is the preview.")
+    ] = None,
+    upload: Annotated[str | None, typer.Option("--upload", help="owner/name on the Hub; private if new.")] = None,
+) -> None:
+    """A folder (or zip) to share: file, preview, model card. Nothing is sent without --upload."""
+    from sdlora.publishing import Publication, publish_adapter, upload_folder
+
+    if upload is not None and target.suffix == ".zip":
+        raise AdapterError("The Hub takes a folder, not a zip: give TARGET another name.")
+    publication = Publication(
+        name=name,
+        license=licence,
+        author=author,
+        description=description,
+        trigger=trigger,
+        tags=tuple(tags or ()),
+        recommended_weight=weight,
+        base_model=base,
+        pictures=tuple(pictures or ()),
+    )
+    _say(str(publish_adapter(file, target, publication)))
+    if upload is not None:
+        _say(f"{upload_folder(target, upload)} (private, if it was not there before)")
+
+
+@app.command()
+def install(
+    file: File,
+    places: Annotated[list[str], typer.Argument(help="comfyui=DIR, a1111=DIR, forge=DIR or invokeai=DIR.")],
+    picture: Annotated[Path | None, typer.Option("--picture", help="The preview.")] = None,
+) -> None:
+    """Copy a file to where other tools look for it, with the sidecars they read. Nothing there is overwritten."""
+    from sdlora.lora_workflows import install as run
+
+    pairs = [place.partition("=") for place in places]
+    if not all(separator for _, separator, _ in pairs):
+        raise AdapterError("Say where each tool lies: comfyui=DIR, a1111=DIR, forge=DIR, invokeai=DIR.")
+    run(file, [(tool.lower(), Path(root).expanduser()) for tool, _, root in pairs], picture=picture, say=_say)
+
+
+@app.command()
+def library(
+    folders: Annotated[list[Path], typer.Argument(help="Folders with LoRAs, searched with all below them.")],
+    find: Annotated[
+        str | None, typer.Option("--find", help="The first digits of a hash: AutoV2, AutoV3, SHA-256.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for scripts.")] = False,
+) -> None:
+    """What LoRAs lie in folders: family, trigger, hash, size. With --find, exit code 1 if none has the hash."""
+    from sdlora.adapter_tools import list_library
+
+    if find is not None and not re.fullmatch(r"(0x)?[0-9a-fA-F]{6,64}", find):
+        raise AdapterError(f"--find {find}: 6 to 64 digits of 0-9 and a-f are wanted.")
+    missing = [folder for folder in folders if not folder.is_dir()]
+    if missing:
+        raise AdapterError(f"{missing[0]}: there is no such folder.")
+    shown = 0
+    for entry in list_library(folders):
+        if isinstance(entry, AdapterFileError):
+            if find is None:
+                _say(json.dumps({"path": str(entry.path), "error": entry.reason}) if as_json else str(entry))
+            continue
+        if find is not None and not entry.has_hash(find):
+            continue
+        shown += 1
+        values = dataclasses.asdict(entry)
+        _say(json.dumps(values, default=str, ensure_ascii=False) if as_json else _library_line(entry))
+    raise typer.Exit(int(find is not None and not shown))
+
+
+def _library_line(entry) -> str:  # type: ignore[no-untyped-def]
+    facts = [
+        entry.family or "unknown",
+        "/".join(entry.methods),
+        entry.hashes.auto_v3,
+        f"{entry.size_bytes / 1024:.0f} kB",
+    ]
+    facts += [f"trigger: {entry.trigger}"] if entry.trigger else []
+    return f"{entry.path}  {'  '.join(facts)}"
 
 
 @app.command()

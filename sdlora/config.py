@@ -310,7 +310,19 @@ class OutputConfig(_Section):
 
     name: str | None = None
     """Name of the run's folder and of the adapter file. None: the name of the data folder. A folder that exists is
-    never reused: `-2`, `-3`, ... is added to the folder's name."""
+    never reused: `-2`, `-3`, ... is added to the folder's name. It is the adapter's title, for all to see."""
+
+    author: str | None = Field(default=None, min_length=1, max_length=200)
+    """Whose name stands in the adapter's header. None: nobody's."""
+
+    license: str | None = Field(default=None, min_length=1, max_length=200)
+    """The licence that stands in the adapter's header, e.g. `cc-by-4.0`. None: nothing is said."""
+
+    recommended_weight: Annotated[float, Field(strict=True, gt=0, le=10)] | None = None
+    """The weight that tools suggest for the adapter. None: nothing is said, which they take as 1."""
+
+    with_captions: bool = Field(default=False, strict=True)
+    """Writes into the header what the captions say and how often, for A1111's cloud of tags. Private unless wanted."""
 
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Also sends the numbers of the run there: losses, learning rate, speed and the settings of training; no captions,

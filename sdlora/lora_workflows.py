@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sdlora.adapter_file import (
+    TRAINING_KEYS,
     AdapterWeights,
     Dialect,
     Family,
@@ -15,21 +19,29 @@ from sdlora.adapter_file import (
     Part,
     carried_metadata,
     family_of,
+    outline_adapter,
     read_adapter,
     rewrite_metadata,
     write_adapter,
 )
 from sdlora.adapter_tools import (
     AdapterReport,
+    bake_checkpoint,
     difference,
     extract_pairs,
     inspect_adapter,
     merge_adapters,
+    open_layers,
+    put_file,
     resize_adapter,
+    sidecar_fields,
+    tool_folder,
+    write_sidecars,
 )
 from sdlora.errors import AdapterError, AdapterFileError
 from sdlora.families import load_components, load_pipeline, resolve_base
-from sdlora.lora import target_modules
+from sdlora.lora import PRESETS, target_modules
+from sdlora.publishing import open_picture
 from sdlora.stack import AdapterStack
 
 __all__ = [
@@ -40,6 +52,7 @@ __all__ = [
     "extract",
     "find_adapters",
     "inspect_all",
+    "install",
     "merge",
     "resize",
     "verify",
@@ -128,7 +141,10 @@ def merge(
         say(f"Lost of a layer's change: {resized.error:.1%} at most.")
         parts = resized.parts
     triggers = [w.metadata.get("modelspec.trigger_phrase") for w, weight in loaded if weight]
-    return _write(target, parts, first, dtype=dtype, trigger=", ".join(t for t in triggers if t) or None)
+    # Nothing that one of them says of its training is true of all.
+    shared = {key: text for key, text in first.metadata.items() if key not in TRAINING_KEYS}
+    source = dataclasses.replace(first, metadata=shared)
+    return _write(target, parts, source, dtype=dtype, trigger=", ".join(t for t in triggers if t) or None)
 
 
 def compare(left: Path, right: Path) -> dict[str, float]:
@@ -144,41 +160,90 @@ def edit_metadata(source: Path, target: Path, *, changes: Mapping[str, str | Non
     return rewrite_metadata(source, target, {**taken, **changes})
 
 
+def install(source: Path, places: Sequence[tuple[str, Path]], *, picture: Path | None, say: Say) -> None:
+    """Copies a file, and what tools read beside it, into the folders of other tools; no other file is touched.
+
+    Raises:
+        AdapterError: a tool is not there, would not load the file, or has another file of that name.
+    """
+    outline = outline_adapter(source)
+    if outline.dialects != ("kohya",):
+        raise AdapterError(
+            f"{source}: other tools skip {'/'.join(outline.dialects)} keys. `sdlora lora convert` it first."
+        )
+    fields = sidecar_fields(carried_metadata(outline.metadata, title=source.stem), family_of(outline))
+    preview = open_picture(picture) if picture is not None else None
+    # All folders first, so that a wrong name leaves no half of the work behind.
+    for tool, folder in [(tool, tool_folder(tool, root)) for tool, root in places]:
+        adapter = put_file(folder / source.name, source.read_bytes())
+        # ComfyUI reads no such files.
+        beside = [] if tool == "comfyui" else write_sidecars(adapter, fields, preview)
+        say(f"{tool}: {', '.join(map(str, [adapter, *beside]))}")
+        if tool == "invokeai":
+            say(f"In InvokeAI: Models, Add Models, Scan Folder, {folder}.")
+
+
 def extract(tuned: str, base: str, target: Path, *, rank: int, targets: str | Sequence[str], say: Say) -> Path:
-    """An adapter of what a fine-tuned model's U-Net has that its base has not.
+    """An adapter of what a fine-tuned model's U-Net has that its base has not; of two files one layer at a time.
 
     Raises:
         ModelError: a model cannot be had.
         AdapterError: they are of different families, or equal in these layers.
     """
-    models = [
-        load_components(resolve_base(name), weight_dtype=torch.float32, device=torch.device("cpu"))
-        for name in (tuned, base)
-    ]
-    if models[0].family.name != models[1].family.name:
-        raise AdapterError(f"{tuned} is {models[0].family.title}, but {base} is {models[1].family.title}.")
-    paths = target_modules(models[1].unet, targets)
-    weights = [
-        {path: module.weight.detach() for path, module in model.unet.named_modules() if path in paths}
-        for model in models
-    ]
+    family, weights = _layers_of_files(tuned, base, targets) or _layers_of_models(tuned, base, targets)
     errors: dict[str, float] = {}
     pairs = extract_pairs(weights[0], weights[1], rank=rank, tell=errors.__setitem__)
     say(f"{len(pairs)} layers; lost of a layer's change: {max(errors.values()):.1%} at most.")
     header = {"sdlora.base_model": base, **({"sdlora.base": "tiny"} if base == "tiny" else {})}
     metadata = carried_metadata(header, title=target.stem)
-    return write_adapter(target, pairs, family=models[1].family.name, metadata=metadata)
+    return write_adapter(target, pairs, family=family, metadata=metadata)
+
+
+def _layers_of_files(
+    tuned: str, base: str, targets: str | Sequence[str]
+) -> tuple[Family, list[Mapping[str, Tensor]]] | None:
+    """The layers of two checkpoint files, read when they are asked for; None if one of them is no file."""
+    if not (Path(tuned).is_file() and Path(base).is_file()):
+        return None
+    both = [open_layers(Path(name)) for name in (tuned, base)]
+    _require_one_family(tuned, both[0].family, base, both[1].family)
+    patterns = PRESETS[targets] if isinstance(targets, str) else targets
+    paths = [path for path in both[1] if any(fnmatchcase(path, f"*{pattern.lstrip('*')}") for pattern in patterns)]
+    return both[1].family, [layers.only(paths) for layers in both]
+
+
+def _layers_of_models(tuned: str, base: str, targets: str | Sequence[str]) -> tuple[Family, list[Mapping[str, Tensor]]]:
+    models = [
+        load_components(resolve_base(name), weight_dtype=torch.float32, device=torch.device("cpu"))
+        for name in (tuned, base)
+    ]
+    _require_one_family(tuned, models[0].family.name, base, models[1].family.name)
+    paths = target_modules(models[1].unet, targets)
+    weights: list[Mapping[str, Tensor]] = [
+        {path: module.weight.detach() for path, module in model.unet.named_modules() if path in paths}
+        for model in models
+    ]
+    return models[1].family.name, weights
+
+
+def _require_one_family(tuned: str, tuned_family: Family, base: str, base_family: Family) -> None:
+    if tuned_family != base_family:
+        raise AdapterError(f"{tuned} is made for {tuned_family}, but {base} is {base_family}.")
 
 
 def bake(adapters: Sequence[tuple[Path, float]], base: str, target: Path, *, say: Say) -> Path:
-    """The base with the adapters merged in, as a diffusers folder of its own.
+    """The base with the adapters merged in, as a model of its own: of a file a file, else a diffusers folder.
 
     Raises:
         ModelError: the base cannot be had.
         AdapterError: an adapter does not fit, or the target exists.
     """
     if target.exists():
-        raise AdapterError(f"{target} is there already. Choose another folder.")
+        raise AdapterError(f"{target} is there already. Choose another name.")
+    if Path(base).is_file() and target.suffix == ".safetensors":
+        changed = bake_checkpoint(Path(base), target, [(read_adapter(path), weight) for path, weight in adapters])
+        say(f"Merged into {changed} tensors, each rounded once to its own format; all others as they were: {target}")
+        return target
     pipeline = load_pipeline(resolve_base(base), weight_dtype=torch.float32, device=torch.device("cpu"))
     stack = AdapterStack(pipeline)
     names = [stack.load(path, f"{number}") for number, (path, _) in enumerate(adapters)]

@@ -73,6 +73,10 @@ CHANGE_CLASSES: dict[str, Meaning] = {
     "output.dir": "free",
     "output.name": "impossible",
     "output.tracker": "free",
+    "output.author": "free",
+    "output.license": "free",
+    "output.recommended_weight": "free",
+    "output.with_captions": "free",
 }
 """What a changed setting does to a run that goes on. `free`: the adapter stays the same (what base and pictures hold is
 compared by itself, wherever they lie). `safe`: the same but for rounding. `changes the run`: another adapter than

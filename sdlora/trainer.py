@@ -7,14 +7,12 @@ exactly.
 
 from __future__ import annotations
 
-import datetime
-import hashlib
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +20,7 @@ from torch import Tensor
 from sdlora.adapter_file import AdapterMetadata, LoraPair, read_adapter, write_adapter
 from sdlora.batches import Batch, ExposureOrder, micro_batches
 from sdlora.checkpoint import Checkpoint, write_checkpoint
-from sdlora.config import TrainConfig, to_toml
+from sdlora.config import TrainConfig
 from sdlora.errors import AdapterError, CheckpointError, ModelError, NonFiniteError
 from sdlora.events import CheckpointSaved, Event, PreviewReady, RunFinished, StepDone, ValidationDone
 from sdlora.families.base import Components
@@ -51,6 +49,7 @@ from sdlora.prepare import TrainingSet
 from sdlora.processes import ALONE, Processes
 from sdlora.randomness import counter_seed
 from sdlora.run_dir import RunDir
+from sdlora.run_metadata import run_metadata
 from sdlora.stopping import copying, has_learnt
 from sdlora.trainer_state import Trained, TrainerState, pack_state, unpack_state
 from sdlora.unet_modes import enter_modes, leave_modes
@@ -536,25 +535,18 @@ class Trainer:
         write_adapter(path, pairs, family=self._components.family.name, metadata=metadata)
 
     def _metadata(self, title: str, step: int) -> AdapterMetadata:
-        config, side = self._config, self._training_set.resolution
-        prediction_type: Literal["epsilon", "v_prediction"] = (
-            "v_prediction" if self._prediction_type == "v_prediction" else "epsilon"
-        )
-        return AdapterMetadata(
+        texts = self._training_set.texts
+        return run_metadata(
+            self._config,
             title=title,
-            base_model=config.model.base,
-            prediction_type=prediction_type,
-            resolution=(side, side),
-            trigger_phrase=config.data.trigger,
-            date=datetime.datetime.now(tz=datetime.UTC).date(),
-            training_alpha=float(config.lora.rank if config.lora.alpha is None else config.lora.alpha),
-            own={
-                **({"sdlora.base": "tiny"} if config.model.base == "tiny" else {}),
-                "sdlora.steps": str(step),
-                "sdlora.seed": str(config.train.seed),
-                "sdlora.images": str(len(self._training_set.examples)),
-                "sdlora.config_sha256": hashlib.sha256(to_toml(config).encode("utf-8")).hexdigest(),
-            },
+            step=step,
+            plan=self.plan,
+            num_images=len(self._training_set.examples),
+            resolution=self._training_set.resolution,
+            prediction_type=self._prediction_type,
+            precision=self._precision.name,
+            base_fingerprint=self._facts.get("base"),
+            captions=[texts[example.caption_rows[0]] for example in self._training_set.examples],
         )
 
 

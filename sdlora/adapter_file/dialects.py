@@ -1,7 +1,8 @@
 """Tensor names of the known adapter dialects, each taken apart into part, module path and role.
 
 kohya            lora_unet_<path>.lora_down.weight | .lora_up.weight | .alpha   (diffusers' or Stability's words)
-PEFT             unet.<path>.lora_A.weight | .lora_B.weight                      (also base_model.model.<path>)
+                 and LyCORIS' further tensors: .lora_mid.weight .hada_w1_a ... .lokr_w1 ... .diff .dora_scale
+PEFT             unet.<path>.lora_A.weight | .lora_B.weight | .lora_magnitude_vector   (also base_model.model.<path>)
 old diffusers    unet.<path>.lora.down.weight, <attention>.processor.to_q_lora.down.weight, ...lora_linear_layer...
 """
 
@@ -16,7 +17,8 @@ from sdlora.adapter_file.types import Part
 
 __all__ = ["Role", "TensorName", "parse_tensor_name", "unsupported_method"]
 
-Role = Literal["down", "up", "alpha"]
+Role = str
+"""Which tensor of a layer: "down", "up", "mid", "alpha", "dora_scale", or LyCORIS' own: "hada_w1_a", "lokr_w2", ..."""
 
 
 @dataclass(frozen=True)
@@ -29,29 +31,32 @@ class TensorName:
     dialect: Literal["kohya", "peft", "diffusers"]
 
 
-_KOHYA = re.compile(r"lora_(unet|te|te1|te2)_([A-Za-z0-9_]+)\.(lora_down\.weight|lora_up\.weight|alpha)")
+_KOHYA = re.compile(
+    r"(lora_unet|lora_te|lora_te1|lora_te2|lycoris)_([A-Za-z0-9_]+)\."
+    r"((?:lora_down|lora_up|lora_mid)\.weight|alpha|dora_scale|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2"
+    r"|diff)"
+)
 _KOHYA_PARTS: dict[str, Part] = {
-    "unet": "unet",
-    "te": "text_encoder",
-    "te1": "text_encoder",
-    "te2": "text_encoder_2",
+    "lora_unet": "unet",
+    "lycoris": "unet",
+    "lora_te": "text_encoder",
+    "lora_te1": "text_encoder",
+    "lora_te2": "text_encoder_2",
 }
-_KOHYA_ROLES: dict[str, Role] = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
+_KOHYA_ROLES: dict[str, Role] = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_mid.weight": "mid"}
 _DOTTED = re.compile(
     r"(?:base_model\.model\.)?(?:(?P<part>unet|text_encoder_2|text_encoder)\.)?(?P<path>.+?)"
     r"(?:\.lora_(?P<ab>[AB])(?:\.[A-Za-z0-9_-]+)?\.weight"
+    r"|\.(?P<dora>lora_magnitude_vector)(?:\.[A-Za-z0-9_-]+){0,2}"
     r"|(?:\.lora|_lora|\.lora_linear_layer)\.(?P<updown>up|down)\.weight"
     r"|(?:\.lora|_lora|\.lora_linear_layer)?\.(?P<alpha>alpha))"
 )
 _OLD_TEXT_WORDS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 _METHODS = (
-    (re.compile(r"\.dora_scale$|lora_magnitude_vector"), "DoRA"),
-    (re.compile(r"\.hada_(w|t)"), "LoHa"),
-    (re.compile(r"\.lokr_(w|t)"), "LoKr"),
-    (re.compile(r"\.lora_mid\."), "LoCon with a CP decomposition"),
+    (re.compile(r"^(?!lora_|lycoris_).*\.(hada|lokr)_"), "LoHa or LoKr in PEFT's own layout"),
+    (re.compile(r"\.diff_b$|\.[wb]_norm$"), "full-difference with biases or norms"),
     (re.compile(r"\.oft_|\.oft_blocks|^oft_"), "OFT"),
-    (re.compile(r"\.diff(_b)?$"), "full-difference"),
     (re.compile(r"\.(a1|a2|b1|b2)\.weight$"), "GLoRA"),
     (re.compile(r"\.on_input$"), "IA3"),
     (re.compile(r"\.lora_(A|B)(\.[A-Za-z0-9_-]+)?\.bias$|\.lora_(up|down)\.bias$"), "LoRA with biases"),
@@ -64,7 +69,7 @@ _METHODS = (
 
 
 def unsupported_method(name: str) -> str | None:
-    """The name of the method whose tensors are called so, when it is one that plain LoRA cannot express."""
+    """The name of the method whose tensors are called so, when it is one that is not read."""
     return next((method for pattern, method in _METHODS if pattern.search(name)), None)
 
 
@@ -81,7 +86,7 @@ def _parse_kohya(name: str) -> TensorName | None:
     path = module_path(flat)
     if path is None and part == "unet":
         path = from_stability(flat)
-    return _checked(part, path, _KOHYA_ROLES[match[3]], "kohya")
+    return _checked(part, path, _KOHYA_ROLES.get(match[3], match[3]), "kohya")
 
 
 def _parse_dotted(name: str) -> TensorName | None:
@@ -93,9 +98,9 @@ def _parse_dotted(name: str) -> TensorName | None:
     if part is None:
         return None
     path = _attention_processor_path(path, part)
-    if match["ab"]:
-        return _checked(part, path, "down" if match["ab"] == "A" else "up", "peft")
-    return _checked(part, path, cast(Role, match["updown"] or match["alpha"]), "diffusers")
+    if match["ab"] or match["dora"]:
+        return _checked(part, path, {"A": "down", "B": "up"}.get(match["ab"], "dora_scale"), "peft")
+    return _checked(part, path, match["updown"] or match["alpha"], "diffusers")
 
 
 def _attention_processor_path(path: str, part: Part) -> str:

@@ -21,7 +21,15 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["flat_key", "from_stability", "module_path", "part_of_path", "text_module_path", "to_stability"]
+__all__ = [
+    "flat_key",
+    "from_stability",
+    "module_path",
+    "part_of_path",
+    "text_module_path",
+    "to_stability",
+    "unet_path_of_original",
+]
 
 _UNET_ROOTS = "down_blocks up_blocks mid_block conv_in conv_out time_embedding add_embedding"
 _UNET_WORDS = (
@@ -141,6 +149,11 @@ def from_stability(flat: str, *, layers_per_block: int = 2) -> str | None:
         return _inner_from_stability(f"{block}.{'attentions' if inner else 'resnets'}.{layer}", rest)
     match = re.fullmatch(r"middle_block_([012])_(.+)", flat)
     return _inner_from_stability(f"mid_block.{_DIFFUSERS_MIDDLE[int(match[1])]}", match[2]) if match else None
+
+
+def unet_path_of_original(name: str) -> str | None:
+    """The diffusers path of a module of Stability's U-Net, "input_blocks.1.1.proj_in"; None if it is none."""
+    return from_stability(flat_key(name))
 
 
 def _inner_from_stability(block: str, rest: str) -> str | None:

@@ -1,20 +1,23 @@
 """The header of a written adapter: what A1111, Forge, kohya, SwarmUI and model managers look for, and our own keys.
 
-Nothing private is written: no captions, tags, folder names, paths, user or host. All values are strings.
+Nothing private is written: no captions, tags, folder names, paths, user or host; the words of the captions only where
+they are given on purpose (`tag_frequency`). All values are strings.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import datetime
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
-from sdlora.adapter_file.types import AdapterWeights, LoraPair
+from sdlora.adapter_file.types import LoraPair
 
-__all__ = ["AdapterMetadata", "Family", "build_metadata", "carried_metadata", "family_of"]
+__all__ = ["TRAINING_KEYS", "AdapterMetadata", "Family", "build_metadata", "carried_metadata", "family_of"]
 
 Family = Literal["sd1", "sd2", "sdxl"]
 
@@ -26,6 +29,18 @@ _FAMILY_WORDS: tuple[tuple[str, Family], ...] = (
     ("sd1", "sd1"),
 )
 _STABILITY = "https://github.com/Stability-AI/generative-models"
+
+_TRAINING = (
+    "ss_num_train_images ss_num_epochs ss_epoch ss_steps ss_max_train_steps ss_batch_size_per_device "
+    "ss_total_batch_size ss_gradient_accumulation_steps ss_gradient_checkpointing ss_learning_rate ss_unet_lr "
+    "ss_text_encoder_lr ss_optimizer ss_lr_scheduler ss_lr_warmup_steps ss_max_grad_norm ss_seed ss_mixed_precision "
+    "ss_network_dropout ss_min_snr_gamma ss_noise_offset ss_multires_noise_discount ss_caption_dropout_rate "
+    "ss_loss_type ss_clip_skip ss_training_started_at"
+)
+TRAINING_KEYS = frozenset(_TRAINING.split())
+"""kohya's numbers and plain words about a training; none of them has room for a name."""
+_PLAIN_VALUE = re.compile(r"[A-Za-z0-9_.+\-]{1,40}")
+_JPEG_URI = "data:image/jpeg;base64,"
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,16 @@ class AdapterMetadata:
     usage_hint: str | None = None
     date: datetime.date | None = None
     """A day; the hour is nobody's business."""
+    recommended_weight: float | None = None
+    """The strength to begin with in a prompt, where 1 is that of the training."""
+    base_fingerprint: str | None = None
+    """Tells the base from its fine-tunings: `families.weights_fingerprint`, 64 hex digits."""
+    training: Mapping[str, str] = field(default_factory=dict)
+    """How it was trained, in kohya's words; keys of `TRAINING_KEYS`."""
+    tag_frequency: Mapping[str, int] = field(default_factory=dict)
+    """How often the captions say what; for A1111's cloud of tags. Private: only given when the user asks."""
+    thumbnail: bytes | None = None
+    """A small JPEG that model managers show."""
     training_alpha: float | None = None
     """alpha during training, for going on; the stored alpha is always the rank."""
     own: Mapping[str, str] = field(default_factory=dict)
@@ -56,9 +81,22 @@ class AdapterMetadata:
         foreign = [key for key in self.own if not re.fullmatch(r"sdlora\.[a-z0-9_.]+", key)]
         if foreign:
             raise ValueError(f"Own metadata keys begin with 'sdlora.' and are lower case, unlike {foreign[0]!r}.")
+        unknown = self.training.keys() - TRAINING_KEYS
+        if unknown:
+            raise ValueError(f"{min(unknown)!r} is no key about a training.")
 
 
-def family_of(weights: AdapterWeights) -> Family | None:
+class _Described(Protocol):
+    """What an adapter and its outline have in common."""
+
+    @property
+    def cross_attention_dim(self) -> int | None: ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+
+
+def family_of(weights: _Described) -> Family | None:
     """The family that an adapter was made for, by the width of its text embeddings, else by what its header says."""
     by_width: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
     if (weights.cross_attention_dim or 0) in by_width:
@@ -68,9 +106,9 @@ def family_of(weights: AdapterWeights) -> Family | None:
 
 
 def carried_metadata(metadata: Mapping[str, str], *, title: str) -> AdapterMetadata:
-    """What of a file's header stays true in a file made from it: base, resolution, trigger, author, licence, our keys.
+    """What of a file's header stays true in a file made from it: base, resolution, trigger, author, licence, training.
 
-    Texts of foreign files count as far as they have the known form.
+    Texts of foreign files count as far as they have the known form; their captions are left behind.
     """
     own = {
         key: value
@@ -88,9 +126,38 @@ def carried_metadata(metadata: Mapping[str, str], *, title: str) -> AdapterMetad
         author=metadata.get("modelspec.author"),
         description=metadata.get("modelspec.description"),
         license=metadata.get("modelspec.license"),
+        tags=tuple(tag.strip() for tag in metadata.get("modelspec.tags", "").split(",") if tag.strip()),
         usage_hint=metadata.get("modelspec.usage_hint"),
+        date=_day(metadata.get("modelspec.date", "")),
+        recommended_weight=_weight(metadata),
+        base_fingerprint=metadata.get("sdlora.base_fingerprint"),
+        training={k: v for k, v in metadata.items() if k in TRAINING_KEYS and _PLAIN_VALUE.fullmatch(v)},
+        thumbnail=_thumbnail(metadata.get("modelspec.thumbnail", "")),
         own=own,
     )
+
+
+def _day(text: str) -> datetime.date | None:
+    """The day of an ISO date; other tools add the time."""
+    try:
+        return datetime.date.fromisoformat(text[:10])
+    except ValueError:
+        return None
+
+
+def _number(text: str) -> float | None:
+    return float(text) if re.fullmatch(r"\d{1,6}(\.\d{1,20})?", text) else None
+
+
+def _weight(metadata: Mapping[str, str]) -> float | None:
+    return _number(metadata.get("sdlora.recommended_weight") or metadata.get("modelspec.lora_default_weight", ""))
+
+
+def _thumbnail(uri: str) -> bytes | None:
+    try:
+        return base64.b64decode(uri.removeprefix(_JPEG_URI), validate=True) if uri.startswith(_JPEG_URI) else None
+    except binascii.Error:
+        return None
 
 
 def build_metadata(
@@ -106,7 +173,8 @@ def build_metadata(
     dim = str(dims.pop()) if len(dims) == 1 else "Dynamic"
     is_v = metadata.prediction_type == "v_prediction"
     result = {
-        "ss_network_module": "networks.lora",
+        # kohya's own module knows no DoRA.
+        "ss_network_module": "lycoris.kohya" if _is_dora(pairs) else "networks.lora",
         "ss_network_dim": dim,
         "ss_network_alpha": dim,
         "ss_network_args": json.dumps(_network_args(pairs)),
@@ -130,6 +198,16 @@ def build_metadata(
         result["modelspec.resolution"] = f"{width}x{height}"
     if metadata.training_alpha is not None:
         result["sdlora.training_alpha"] = repr(metadata.training_alpha)
+    if metadata.recommended_weight is not None:
+        weight = f"{metadata.recommended_weight:g}"
+        # SwarmUI's key, and ours.
+        result |= {"modelspec.lora_default_weight": weight, "sdlora.recommended_weight": weight}
+    if metadata.thumbnail is not None:
+        cover = base64.b64encode(metadata.thumbnail).decode("ascii")
+        result |= {"modelspec.thumbnail": f"{_JPEG_URI}{cover}", "ssmd_cover_images": json.dumps([cover])}
+    if metadata.tag_frequency:
+        # kohya writes the folder's name where "captions" stands.
+        result["ss_tag_frequency"] = json.dumps({"captions": dict(metadata.tag_frequency)})
     optional = {
         "modelspec.trigger_phrase": metadata.trigger_phrase,
         "modelspec.author": metadata.author,
@@ -138,9 +216,10 @@ def build_metadata(
         "modelspec.tags": ", ".join(metadata.tags),
         "modelspec.usage_hint": metadata.usage_hint,
         "modelspec.date": metadata.date.isoformat() if metadata.date else None,
+        "sdlora.base_fingerprint": metadata.base_fingerprint,
     }
     result |= {key: value for key, value in optional.items() if value}
-    return result | dict(metadata.own)
+    return result | dict(metadata.training) | dict(metadata.own)
 
 
 def _public_name(base_model: str) -> str:
@@ -150,9 +229,14 @@ def _public_name(base_model: str) -> str:
 
 
 def _network_args(pairs: Mapping[str, LoraPair]) -> dict[str, str]:
-    """kohya's arguments for 3x3 convolutions, whose rank it keeps apart."""
+    """kohya's arguments for 3x3 convolutions, whose rank it keeps apart, and LyCORIS' for DoRA."""
     dims = {pair.rank for pair in pairs.values() if pair.down.ndim == 4 and pair.down.shape[2] > 1}
-    return {"conv_dim": str(max(dims)), "conv_alpha": str(max(dims))} if dims else {}
+    conv = {"conv_dim": str(max(dims)), "conv_alpha": str(max(dims))} if dims else {}
+    return conv | ({"algo": "locon", "dora_wd": "True"} if _is_dora(pairs) else {})
+
+
+def _is_dora(pairs: Mapping[str, LoraPair]) -> bool:
+    return any(pair.dora_scale is not None for pair in pairs.values())
 
 
 def _base_model_version(family: Family, is_v: bool) -> str:

@@ -18,7 +18,6 @@ __all__ = ["PeftAlphas"]
 
 _MAX_CONFIG_BYTES = 2**20
 _UNSUPPORTED = {
-    "use_dora": "DoRA",
     "lora_bias": "LoRA with biases",
     "use_qalora": "QALoRA",
     "alora_invocation_tokens": "activated LoRA",
@@ -45,6 +44,10 @@ class PeftAlphas:
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
             raise AdapterFileError(self._path, "the lora_alpha in its PEFT configuration is not a number.")
         return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") is True else 1.0)
+
+    def is_dora(self, part: Part) -> bool:
+        """Whether the file says that its layers have lengths of their own."""
+        return bool(self._configs.get(part, {}).get("use_dora"))
 
     def _pattern(self, config: Mapping[str, Any], key: str, module: str) -> object:
         """PEFT's patterns are matched as the end of a module path, here without their regular-expression meaning."""
@@ -86,5 +89,5 @@ class PeftAlphas:
     def _checked(self, config: dict[str, Any]) -> dict[str, Any]:
         method = next((name for key, name in _UNSUPPORTED.items() if config.get(key)), None)
         if method is not None:
-            raise AdapterFileError(self._path, f"this is a {method} file; only plain LoRA is supported.")
+            raise AdapterFileError(self._path, f"this is a {method} file, which is not supported; ask for a LoRA.")
         return config

@@ -5,6 +5,7 @@ The header is checked, all names are taken apart and all shapes are compared bef
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
@@ -17,18 +18,43 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sdlora.adapter_file.dialects import Role, TensorName, parse_tensor_name, unsupported_method
+from sdlora.adapter_file.lycoris import Plan, factor_roles, plan_layer
 from sdlora.adapter_file.peft_config import PeftAlphas
 from sdlora.adapter_file.safety import MAX_ALPHA_PER_RANK, MAX_RANK, Header, read_header
 from sdlora.adapter_file.types import PARTS, AdapterWeights, LoraPair, Part
 from sdlora.errors import AdapterFileError
 
-__all__ = ["file_dialects", "name_some", "read_adapter"]
+__all__ = ["Outline", "name_some", "outline_adapter", "read_adapter"]
+
+_MAX_NUMBERS = 3 * 10**9
+"""Of all pairs of a file together; a whole SDXL U-Net has 2.6e9."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a file is by its header alone: no tensor is read for it."""
+
+    metadata: Mapping[str, str]
+    dialects: tuple[str, ...]
+    """ "kohya", "peft", "diffusers"; most files have one."""
+    methods: tuple[str, ...]
+    """ "LoRA", "LoHa", "LoKr", "full difference", "DoRA"."""
+    layers: Mapping[tuple[Part, str], Plan]
+
+    @property
+    def cross_attention_dim(self) -> int | None:
+        """As of `AdapterWeights`."""
+        keys = ("attn2.to_k", "attn2.to_v")
+        return next(
+            (p.inner for (part, path), p in self.layers.items() if part == "unet" and path.endswith(keys)), None
+        )
 
 
 def read_adapter(path: str | Path) -> AdapterWeights:
     """Read a LoRA in kohya's, PEFT's or diffusers' older dialect; tensors on the CPU in the file's types.
 
-    A missing alpha means alpha = rank, as every other tool takes it. Raises AdapterFileError with one sentence.
+    LyCORIS' other kinds (LoHa, LoKr, LoCon with a middle, full differences) become plain fp32 pairs, exactly. A missing
+    alpha means alpha = rank, as every other tool takes it. Raises AdapterFileError with one sentence.
     """
     path = Path(path)
     _check_is_file(path)
@@ -49,18 +75,28 @@ def read_adapter(path: str | Path) -> AdapterWeights:
     return AdapterWeights(**parts, metadata=header.metadata, path=path, tensor_sha256=digest)
 
 
-def file_dialects(path: str | Path) -> tuple[str, ...]:
-    """Which dialects the file's tensor names are in: "kohya", "peft", "diffusers"; most files have one.
+def outline_adapter(path: str | Path) -> Outline:
+    """What the file holds, checked as strictly as by `read_adapter`, but for the numbers themselves.
 
     Raises:
-        AdapterFileError: the header is not sound.
+        AdapterFileError: the header is not that of a sound adapter.
     """
     path = Path(path)
     _check_is_file(path)
-    with path.open("rb") as file:
-        names = read_header(file, path).tensors
-    parsed = (parse_tensor_name(name) for name in names)
-    return tuple(sorted({tensor.dialect for tensor in parsed if tensor is not None and tensor.role != "alpha"}))
+    try:
+        with path.open("rb") as file:
+            header = read_header(file, path)
+    except OSError as error:
+        raise AdapterFileError(path, f"it cannot be read: {error.strerror}.") from error
+    layers = _layers(path, header)
+    methods = {layer.plan.kind for layer in layers.values() if layer.plan is not None}
+    has_dora = any("dora_scale" in layer.names for layer in layers.values())
+    return Outline(
+        metadata=header.metadata,
+        dialects=tuple(sorted({layer.dialect for layer in layers.values()})),
+        methods=(*sorted(methods), *(["DoRA"] if has_dora else [])),
+        layers={key: layer.plan for key, layer in layers.items() if layer.plan is not None},
+    )
 
 
 @dataclass
@@ -69,6 +105,8 @@ class _Layer:
 
     names: dict[Role, str] = field(default_factory=dict)
     dialect: str = ""
+    plan: Plan | None = None
+    """Set once the shapes are checked."""
 
 
 def name_some(names: Iterable[str], *, at_most: int = 3) -> str:
@@ -92,7 +130,7 @@ def _layers(path: Path, header: Header) -> dict[tuple[Part, str], _Layer]:
     """Group the tensors by layer and check names, completeness and shapes."""
     method = next((m for m in map(unsupported_method, header.tensors) if m is not None), None)
     if method is not None:
-        raise AdapterFileError(path, f"this is a {method} file; only plain LoRA is supported.")
+        raise AdapterFileError(path, f"this is a {method} file, which is not supported; ask for a LoRA.")
     parsed = {name: parse_tensor_name(name) for name in header.tensors}
     if not any(parsed.values()):
         names = name_some(header.tensors)
@@ -104,7 +142,10 @@ def _layers(path: Path, header: Header) -> dict[tuple[Part, str], _Layer]:
     for name, tensor in parsed.items():
         _add(path, layers, name, tensor)
     for (_, module), layer in layers.items():
-        _check_shapes(path, module, layer, header)
+        layer.plan = _plan(path, module, layer, header)
+    numbers = sum(layer.plan.numbers for layer in layers.values() if layer.plan is not None)
+    if numbers > _MAX_NUMBERS:
+        raise AdapterFileError(path, f"its changes would need {numbers:.1e} numbers, more than any U-Net has.")
     return layers
 
 
@@ -119,21 +160,39 @@ def _add(path: Path, layers: dict[tuple[Part, str], _Layer], name: str, tensor: 
         layer.dialect = tensor.dialect
 
 
-def _check_shapes(path: Path, module: str, layer: _Layer, header: Header) -> None:
-    missing = [role for role in ("down", "up") if role not in layer.names]
-    if missing:
-        found = " and ".join(layer.names)
-        raise AdapterFileError(path, f"{module} has {found}, but its {' and '.join(missing)} factor is missing.")
+def _plan(path: Path, module: str, layer: _Layer, header: Header) -> Plan:
+    """How the layer is built, from names and shapes alone."""
+    roles = frozenset(layer.names) - {"alpha", "dora_scale"}
+    kind = factor_roles(roles)
+    if kind is None:
+        if roles <= {"down", "up"}:
+            missing = [role for role in ("down", "up") if role not in layer.names]
+            found = " and ".join(layer.names)
+            raise AdapterFileError(path, f"{module} has {found}, but its {' and '.join(missing)} factor is missing.")
+        raise AdapterFileError(
+            path, f"{module} has an incomplete set of tensors: {name_some(sorted(roles), at_most=9)}."
+        )
     shapes = {role: header.tensors[name].shape for role, name in layer.names.items()}
-    down, up = shapes["down"], shapes["up"]
-    is_linear = len(down) == 2 and len(up) == 2
-    is_conv = len(down) == 4 and len(up) == 4 and down[2] == down[3] and down[2] in (1, 3) and up[2:] == (1, 1)
-    if not (is_linear or is_conv) or down[0] != up[1]:
-        raise AdapterFileError(path, f"the factors of {module} do not fit: down {list(down)}, up {list(up)}.")
-    if down[0] > MAX_RANK:
-        raise AdapterFileError(path, f"{module} has rank {down[0]}; at most {MAX_RANK} is read.")
+    plan = plan_layer(kind, module, shapes)
+    if plan is None:
+        found = ", ".join(f"{role} {list(shapes[role])}" for role in layer.names if role in roles)
+        raise AdapterFileError(path, f"the factors of {module} do not fit: {found}.")
+    if (plan.stored_rank or 1) > MAX_RANK:
+        raise AdapterFileError(path, f"{module} has rank {plan.stored_rank}; at most {MAX_RANK} is read.")
     if math.prod(shapes.get("alpha", ())) != 1:
         raise AdapterFileError(path, f"the alpha of {module} is not one number.")
+    if "dora_scale" in shapes and _dora_sides(shapes["dora_scale"], plan, layer.dialect) is None:
+        raise AdapterFileError(path, f"the DoRA lengths of {module} do not fit: {list(shapes['dora_scale'])}.")
+    return plan
+
+
+def _dora_sides(shape: tuple[int, ...], plan: Plan, dialect: str) -> tuple[int, int] | None:
+    """[out, 1] or [1, in], as which the lengths are kept; PEFT has a vector by row, for convolutions [1, out, 1, 1]."""
+    if dialect == "peft":
+        return (plan.out, 1) if math.prod(shape) == max(shape) == plan.out else None
+    if len(shape) < 2 or any(side != 1 for side in shape[2:]):
+        return None
+    return (shape[0], shape[1]) if shape[:2] in ((plan.out, 1), (1, plan.inner)) else None
 
 
 def _tensors(path: Path, content: bytes, header: Header) -> Mapping[str, Tensor]:
@@ -152,16 +211,24 @@ def _tensors(path: Path, content: bytes, header: Header) -> Mapping[str, Tensor]
 def _pair(
     path: Path, part: Part, module: str, layer: _Layer, tensors: Mapping[str, Tensor], alphas: PeftAlphas
 ) -> LoraPair:
-    down, up = tensors[layer.names["down"]], tensors[layer.names["up"]]
-    rank = int(down.shape[0])
+    plan = layer.plan
+    assert plan is not None
+    rank = plan.stored_rank
     alpha: float | None = None
     if "alpha" in layer.names:
         alpha = float(tensors[layer.names["alpha"]].item())
-    elif layer.dialect == "peft":
+    elif layer.dialect == "peft" and rank is not None:
         alpha = alphas.alpha(part, module, rank)
-    if alpha is None:
-        alpha = float(rank)
-    if not 0 < alpha <= MAX_ALPHA_PER_RANK * rank:
+    # LoKr of two whole matrices stores an alpha that nobody reads.
+    if alpha is not None and rank is not None and not 0 < alpha <= MAX_ALPHA_PER_RANK * rank:
         limits = f"between 0 and {MAX_ALPHA_PER_RANK:g} times the rank"
         raise AdapterFileError(path, f"{module} has alpha {alpha:g} at rank {rank}; alpha must lie {limits}.")
-    return LoraPair(down=down, up=up, alpha=alpha)
+    pair = plan.build({role: tensors[name] for role, name in layer.names.items()}, alpha)
+    if "dora_scale" in layer.names:
+        lengths = tensors[layer.names["dora_scale"]]
+        sides = _dora_sides(tuple(lengths.shape), plan, layer.dialect)
+        assert sides is not None
+        return dataclasses.replace(pair, dora_scale=lengths.reshape(sides))
+    if layer.dialect == "peft" and alphas.is_dora(part):
+        raise AdapterFileError(path, f"its configuration says DoRA, but {module} has no lora_magnitude_vector.")
+    return pair

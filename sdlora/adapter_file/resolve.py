@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
+from sdlora.adapter_file.dora import without_dora
 from sdlora.adapter_file.keys import flat_key, text_module_path
 from sdlora.adapter_file.reader import name_some
 from sdlora.adapter_file.types import AdapterWeights, LoraPair, Part
-from sdlora.errors import AdapterMismatchError
+from sdlora.errors import AdapterFileError, AdapterMismatchError
 
 __all__ = ["adaptable_layers", "describe_width", "resolve_layers"]
 
@@ -35,9 +37,10 @@ def describe_width(cross_attention_dim: int) -> str:
 def resolve_layers(
     weights: AdapterWeights, models: Mapping[Part, nn.Module], *, cross_attention_dim: int
 ) -> dict[nn.Module, LoraPair]:
-    """The pair of every layer that the adapter changes, shaped as the layer's own weight.
+    """The pair of every layer that the adapter changes, shaped as the layer's own weight; DoRA is worked out on it.
 
-    Raises AdapterMismatchError if a layer is missing or has another shape: half an adapter is not the adapter.
+    Raises AdapterFileError for DoRA on a base whose weights cannot be read, AdapterMismatchError if a layer is missing
+    or has another shape: half an adapter is not the adapter.
     """
     found: dict[nn.Module, LoraPair] = {}
     missing: list[str] = []
@@ -46,6 +49,8 @@ def resolve_layers(
     for part, path, pair in weights.pairs():
         layer = layers.get(part, {}).get(flat_key(path))
         fitted = None if layer is None else _fit(pair, layer)
+        if fitted is not None and fitted.dora_scale is not None:
+            fitted = without_dora(fitted, _readable_weight(layer, weights.path))
         if layer is None:
             missing.append(f"{part}.{path}")
         elif fitted is None:
@@ -71,6 +76,14 @@ def _fit(pair: LoraPair, layer: nn.Module) -> LoraPair | None:
         down=pair.down.reshape(pair.rank, shape[1], *shape[2:]),
         up=pair.up.reshape(shape[0], pair.rank, *axes),
     )
+
+
+def _readable_weight(layer: nn.Module | None, path: Path) -> Tensor:
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
+        reason = "this is a DoRA, which needs the base's own weights, and these are quantised or not loaded yet."
+        raise AdapterFileError(path, reason)
+    return weight
 
 
 def _describe_adapter(

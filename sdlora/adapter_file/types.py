@@ -24,6 +24,8 @@ class LoraPair:
     up: Tensor
     """[out, rank] of a Linear, [out, rank, 1, 1] of a convolution."""
     alpha: float
+    dora_scale: Tensor | None = None
+    """DoRA's lengths, [out, 1] by row or [1, in] by column; the change then depends on the base (`dora.py`)."""
 
     @property
     def rank(self) -> int:
@@ -58,6 +60,11 @@ class AdapterWeights:
         for part in PARTS:
             for path, pair in self.part(part).items():
                 yield part, path, pair
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether a layer has lengths of its own, so that its change cannot be told without the base."""
+        return any(pair.dora_scale is not None for _, _, pair in self.pairs())
 
     @property
     def cross_attention_dim(self) -> int | None:

@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -23,14 +24,14 @@ from torch import Tensor
 from sdlora import __version__
 from sdlora.adapter_file.fold import fold
 from sdlora.adapter_file.keys import flat_key, text_module_path, to_stability
-from sdlora.adapter_file.metadata import AdapterMetadata, Family, build_metadata
+from sdlora.adapter_file.metadata import AdapterMetadata, Family, build_metadata, family_of
 from sdlora.adapter_file.reader import name_some, read_adapter
-from sdlora.adapter_file.safety import MAX_RANK, read_header
+from sdlora.adapter_file.safety import MAX_RANK, Header, read_header
 from sdlora.adapter_file.types import PARTS, LoraPair, Part
 from sdlora.errors import AdapterFileError
 from sdlora.run_dir import sync_folder
 
-__all__ = ["Dialect", "rewrite_metadata", "write_adapter"]
+__all__ = ["Dialect", "replace_metadata", "rewrite_metadata", "write_adapter"]
 
 Dialect = Literal["kohya", "peft", "diffusers"]
 Stored = dict[tuple[Part, str], LoraPair]
@@ -51,7 +52,8 @@ def write_adapter(
 ) -> Path:
     """Write the pairs, by diffusers module path, to a .safetensors file; returns its path.
 
-    `dialect` "kohya" loads everywhere; "peft" and "diffusers" (its older one) load in Python libraries only.
+    `dialect` "kohya" loads everywhere; "peft" and "diffusers" (its older one) load in Python libraries only. DoRA's
+    lengths are stored in fp32; the older dialect of diffusers has no word for them, and PEFT's only for those by row.
 
     alpha / rank is folded into the factors, which are stored as `dtype` (fp16, bf16 or fp32). The file appears whole or
     not at all: it is written beside `path`, synced, read back and compared, then renamed. Its mode follows the umask.
@@ -64,7 +66,7 @@ def write_adapter(
         raise ValueError("Only SDXL has a second text encoder.")
     parts = {"unet": unet, "text_encoder": text_encoder or {}, "text_encoder_2": text_encoder_2 or {}}
     stored = {
-        (part, module): _stored_pair(path, module, pair, dtype)
+        (part, module): _stored_pair(path, module, pair, dtype, dialect)
         for part in PARTS
         for module, pair in parts[part].items()
     }
@@ -94,22 +96,56 @@ def rewrite_metadata(source: str | Path, target: str | Path, changes: Mapping[st
     except OSError as error:
         raise AdapterFileError(source, f"it cannot be read: {error.strerror}.") from error
     texts = {key: value for key, value in {**header.metadata, **changes}.items() if value is not None}
-    entries = {
-        name: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [info.begin, info.end]}
-        for name, info in header.tensors.items()
-    }
-    _publish(target, _header(entries, texts) + data, lambda _: None)
+    _publish(target, _header(_entries(header), texts) + data, lambda _: None)
     return target
 
 
-def _tensor_names(part: Part, module: str, family: Family, dialect: Dialect) -> tuple[str, str, str | None]:
-    """Of down, up and alpha; None where the dialect has no alpha."""
+def replace_metadata(source: str | Path, target: str | Path, metadata: AdapterMetadata) -> Path:
+    """Copies an adapter file with nothing in its header but what `write_adapter` would put there; returns `target`.
+
+    Raises:
+        AdapterFileError: the source is no sound adapter, tells no family, or the disk does not take the target.
+    """
+    source, target = Path(source), Path(target)
+    weights = read_adapter(source)
+    family = family_of(weights)
+    if family is None:
+        raise AdapterFileError(source, "nothing in the file tells whether it is for SD 1.x, SD 2.x or SDXL.")
+    pairs = {f"{part}.{module}": pair for part, module, pair in weights.pairs()}
+    texts = build_metadata(metadata, family=family, pairs=pairs, version=__version__)
+    with source.open("rb") as file:
+        header = read_header(file, source)
+        file.seek(header.size)
+        data = file.read()
+    _publish(target, _with_hashes(_entries(header), data, texts), lambda _: None)
+    return target
+
+
+def _entries(header: Header) -> dict[str, object]:
+    return {
+        name: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [info.begin, info.end]}
+        for name, info in header.tensors.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What a layer's tensors are called; None where the dialect has no such tensor."""
+
+    down: str
+    up: str
+    alpha: str | None
+    dora_scale: str | None
+
+
+def _tensor_names(part: Part, module: str, family: Family, dialect: Dialect) -> _Names:
     if dialect == "kohya":
         key = _kohya_key(part, module, family)
-        return f"{key}.lora_down.weight", f"{key}.lora_up.weight", f"{key}.alpha"
-    down, up = ("lora_A", "lora_B") if dialect == "peft" else ("lora.down", "lora.up")
+        return _Names(f"{key}.lora_down.weight", f"{key}.lora_up.weight", f"{key}.alpha", f"{key}.dora_scale")
     key = f"{part}.{module if part == 'unet' else text_module_path(module)}"
-    return f"{key}.{down}.weight", f"{key}.{up}.weight", None
+    if dialect == "peft":
+        return _Names(f"{key}.lora_A.weight", f"{key}.lora_B.weight", None, f"{key}.lora_magnitude_vector")
+    return _Names(f"{key}.lora.down.weight", f"{key}.lora.up.weight", None, None)
 
 
 def _kohya_key(part: Part, module: str, family: Family) -> str:
@@ -120,38 +156,59 @@ def _kohya_key(part: Part, module: str, family: Family) -> str:
     return f"{prefix}_{flat_key(text_module_path(module))}"
 
 
-def _stored_pair(path: Path, module: str, pair: LoraPair, dtype: torch.dtype) -> LoraPair:
+def _stored_pair(path: Path, module: str, pair: LoraPair, dtype: torch.dtype, dialect: Dialect) -> LoraPair:
     if not 1 <= pair.rank <= MAX_RANK:
-        raise AdapterFileError(path, f"{module} has rank {pair.rank}; 1 to {MAX_RANK} can be written.")
+        remedy = "Bring it down with `sdlora lora resize`."
+        raise AdapterFileError(path, f"{module} has rank {pair.rank}; 1 to {MAX_RANK} can be written. {remedy}")
     down, up = (factor.detach().to("cpu", dtype).contiguous() for factor in fold(pair))
-    if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+    lengths = pair.dora_scale
+    if lengths is not None:
+        if dialect == "diffusers" or (dialect == "peft" and lengths.shape[1] != 1):
+            raise AdapterFileError(path, f"DoRA as in {module} cannot be said in the {dialect} dialect; take kohya.")
+        lengths = lengths.detach().to("cpu", torch.float32).contiguous()
+    if not all(torch.isfinite(tensor).all() for tensor in (down, up, lengths) if tensor is not None):
         raise AdapterFileError(path, f"not written: {module} has numbers that are not finite in {dtype}.")
-    return LoraPair(down=down, up=up, alpha=float(pair.rank))
+    return LoraPair(down=down, up=up, alpha=float(pair.rank), dora_scale=lengths)
 
 
 def _tensors(stored: Stored, dtype: torch.dtype, family: Family, dialect: Dialect) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for (part, module), pair in stored.items():
-        down, up, alpha_name = _tensor_names(part, module, family, dialect)
-        tensors |= {down: pair.down, up: pair.up}
-        if alpha_name is not None:
+        names = _tensor_names(part, module, family, dialect)
+        tensors |= {names.down: pair.down, names.up: pair.up}
+        if names.alpha is not None:
             alpha = torch.tensor(pair.alpha, dtype=dtype)
             # bfloat16 has no odd integers above 256.
             exact = alpha.item() == pair.alpha
-            tensors[alpha_name] = alpha if exact else alpha.new_tensor(pair.alpha, dtype=torch.float32)
+            tensors[names.alpha] = alpha if exact else alpha.new_tensor(pair.alpha, dtype=torch.float32)
+        if names.dora_scale is not None and pair.dora_scale is not None:
+            tensors[names.dora_scale] = _stored_lengths(pair, dialect)
     return dict(sorted(tensors.items()))
+
+
+def _stored_lengths(pair: LoraPair, dialect: Dialect) -> Tensor:
+    """[out, 1] or [1, in] with the axes of the layer; for PEFT a vector, of convolutions [1, out, 1, 1]."""
+    assert pair.dora_scale is not None
+    axes = [1] * (pair.down.ndim - 2)
+    if dialect == "peft":
+        return pair.dora_scale.reshape([1, -1, *axes] if axes else [-1])
+    return pair.dora_scale.reshape(*pair.dora_scale.shape, *axes)
 
 
 def _serialise(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> bytes:
     """The safetensors bytes: header length (8 bytes), JSON header padded to 8, tensors in the order of the mapping."""
-    entries, blobs, position = {}, [], 0
+    entries: dict[str, object] = {}
+    blobs, position = [], 0
     for name, tensor in tensors.items():
         blob = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
         span = [position, position + len(blob)]
         entries[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
         blobs.append(blob)
         position = span[1]
-    data = b"".join(blobs)
+    return _with_hashes(entries, b"".join(blobs), texts)
+
+
+def _with_hashes(entries: Mapping[str, object], data: bytes, texts: Mapping[str, str]) -> bytes:
     digest = hashlib.sha256(data).hexdigest()
     # A1111's old hash: 64 KiB at 1 MiB of the file as it is with the training metadata alone.
     training = {key: value for key, value in texts.items() if key.startswith("ss_")}
@@ -201,4 +258,7 @@ def _compare(path: Path, stored: Stored, temporary: Path) -> None:
 def _same(left: LoraPair | None, right: LoraPair | None) -> bool:
     if left is None or right is None:
         return False
-    return left.alpha == right.alpha and torch.equal(left.down, right.down) and torch.equal(left.up, right.up)
+    if (left.dora_scale is None) != (right.dora_scale is None) or left.alpha != right.alpha:
+        return False
+    tensors = ((left.down, right.down), (left.up, right.up), (left.dora_scale, right.dora_scale))
+    return all(torch.equal(a, b) for a, b in tensors if a is not None and b is not None)

@@ -6,7 +6,7 @@ down^T = Q_down R_down (Golub and Van Loan, Matrix Computations, 5.4): rank x ra
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,8 +41,9 @@ def merge_adapters(adapters: Sequence[tuple[AdapterWeights, float]]) -> Parts:
     of weight 0 are left out.
 
     Raises:
-        AdapterError: all weights are 0, or two adapters see one layer in different shapes.
+        AdapterError: all weights are 0, two adapters see one layer in different shapes, or one is a DoRA.
     """
+    _refuse_dora(weights for weights, _ in adapters)
     stacked: dict[tuple[Part, str], list[tuple[Tensor, Tensor]]] = {}
     for weights, adapter_weight in adapters:
         if adapter_weight == 0:
@@ -70,7 +71,9 @@ def resize_adapter(weights: AdapterWeights, *, rank: int | None = None, energy: 
 
     Raises:
         ValueError: neither is given, or one is out of range.
+        AdapterError: it is a DoRA.
     """
+    _refuse_dora([weights])
     if rank is None and energy is None:
         raise ValueError("give a rank or a share of the energy")
     if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
@@ -107,12 +110,25 @@ def difference(a: AdapterWeights, b: AdapterWeights) -> dict[str, float]:
     """By "part.path", |change of a - change of b| / max(|a|, |b|), Frobenius: 0 is equal, 1 is only in one of them.
 
     Shapes or layers that only one of them has count as wholly different.
+
+    Raises:
+        AdapterError: one is a DoRA.
     """
+    _refuse_dora([a, b])
     both: dict[str, list[LoraPair | None]] = {}
     for index, weights in enumerate((a, b)):
         for part, path, pair in weights.pairs():
             both.setdefault(f"{part}.{path}", [None, None])[index] = pair
     return {name: _pair_difference(left, right) for name, (left, right) in sorted(both.items())}
+
+
+def _refuse_dora(adapters: Iterable[AdapterWeights]) -> None:
+    found = next((weights.path for weights in adapters if weights.is_dora), None)
+    if found is not None:
+        raise AdapterError(
+            f"{found} is a DoRA, whose change depends on its base. Put it into the base with `sdlora lora bake`, and "
+            "take a plain LoRA out with `sdlora lora extract`."
+        )
 
 
 def _pair_difference(left: LoraPair | None, right: LoraPair | None) -> float:

@@ -1,15 +1,80 @@
-"""Finding adapter files again, whatever they are called now."""
+"""Finding adapter files again, whatever they are called now, and what lies in a folder of them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["find_by_tensor_hash", "tensor_hash"]
+from sdlora.adapter_file import family_of, outline_adapter
+from sdlora.adapter_tools.hashes import FileHashes, file_hashes
+from sdlora.errors import AdapterFileError
+
+__all__ = ["LibraryEntry", "find_by_tensor_hash", "list_library", "tensor_hash", "trigger_of"]
 
 _LARGEST = 2 * 2**30
 _CHUNK = 2**20
+_MAX_SIDECAR_BYTES = 2**20
+_PICTURES = (".png", ".preview.png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True)
+class LibraryEntry:
+    """One LoRA of a folder; only its header and its hashes are read."""
+
+    path: Path
+    family: str | None
+    methods: tuple[str, ...]
+    trigger: str | None
+    weight: str | None
+    """The recommended one, as the header says it."""
+    size_bytes: int
+    hashes: FileHashes
+    picture: Path | None
+    """The preview that lies beside it."""
+
+    def has_hash(self, digits: str) -> bool:
+        """Whether one of its hashes begins with these hex digits, as sites and pictures cut them off."""
+        digits = digits.lower().removeprefix("0x")
+        hashes = self.hashes
+        # AutoV1 is the same for all files below 1 MiB.
+        return any(value.startswith(digits) for value in (hashes.sha256, hashes.tensor_sha256))
+
+
+def list_library(folders: Iterable[Path]) -> Iterator[LibraryEntry | AdapterFileError]:
+    """Every .safetensors file below the folders, by name; the reason where one is no sound LoRA."""
+    for path in sorted({path for folder in folders for path in _files(folder)}):
+        try:
+            outline = outline_adapter(path)
+        except AdapterFileError as error:
+            yield error
+            continue
+        yield LibraryEntry(
+            path=path,
+            family=family_of(outline),
+            methods=outline.methods,
+            trigger=trigger_of(path, outline.metadata),
+            weight=outline.metadata.get("sdlora.recommended_weight"),
+            size_bytes=path.stat().st_size,
+            hashes=file_hashes(path),
+            picture=next((p for end in _PICTURES if (p := path.with_name(path.stem + end)).is_file()), None),
+        )
+
+
+def trigger_of(path: Path, metadata: Mapping[str, str]) -> str | None:
+    """The phrase that calls the adapter: by its header, else by the JSON beside it that A1111 writes."""
+    said = metadata.get("modelspec.trigger_phrase")
+    sidecar = path.with_suffix(".json")
+    if said or not sidecar.is_file() or sidecar.stat().st_size > _MAX_SIDECAR_BYTES:
+        return said
+    try:
+        beside = json.loads(sidecar.read_text(encoding="utf-8", errors="replace"))
+    except (ValueError, RecursionError, OSError):
+        return None
+    text = beside.get("activation text") if isinstance(beside, dict) else None
+    return text if isinstance(text, str) and text else None
 
 
 def find_by_tensor_hash(digest: str, folders: Iterable[Path], *, name: str = "") -> Path | None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdlora.adapter_file import AdapterWeights, LoraPair, family_of, file_dialects, read_adapter
+from sdlora.adapter_file import AdapterWeights, LoraPair, family_of, outline_adapter, read_adapter
 from sdlora.adapter_tools.arithmetic import core_svd, energy_rank
 from sdlora.adapter_tools.hashes import FileHashes, file_hashes
 
@@ -32,10 +32,11 @@ class BlockNorm:
 
 @dataclass(frozen=True)
 class ToolVerdict:
-    """What a tool does with the file: `loads` "yes", "wrong strength", "nothing" or "refuses"; why, if not yes."""
+    """What a tool does with the file; why, if not "yes"."""
 
     tool: str
     loads: str
+    """ "yes", "wrong strength", "wrong picture", "nothing" or "refuses"."""
     why: str = ""
 
 
@@ -47,6 +48,9 @@ class AdapterReport:
     family: str | None
     """"sd1", "sd2", "sdxl", or None where nothing tells."""
     dialects: tuple[str, ...]
+    methods: tuple[str, ...]
+    """ "LoRA", "LoHa", "LoKr", "full difference", "DoRA"; ranks and norms are those of the pairs made of them, without
+    the lengths of DoRA."""
     dtype: str
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
@@ -68,12 +72,13 @@ def inspect_adapter(path: Path) -> AdapterReport:
     Raises:
         AdapterFileError: it is no sound LoRA file; the message says why.
     """
-    weights, dialects = read_adapter(path), file_dialects(path)
+    weights, outline = read_adapter(path), outline_adapter(path)
     pairs = [pair for _, _, pair in weights.pairs()]
     return AdapterReport(
         path=path,
         family=family_of(weights),
-        dialects=dialects,
+        dialects=outline.dialects,
+        methods=outline.methods,
         dtype=", ".join(sorted({str(pair.down.dtype).removeprefix("torch.") for pair in pairs})),
         ranks=tuple(sorted({pair.rank for pair in pairs})),
         alphas=tuple(sorted({pair.alpha for pair in pairs})),
@@ -84,7 +89,7 @@ def inspect_adapter(path: Path) -> AdapterReport:
         blocks=_blocks(weights),
         trigger=weights.metadata.get("modelspec.trigger_phrase"),
         metadata=weights.metadata,
-        tools=_verdicts(weights, dialects),
+        tools=_verdicts(weights, outline.dialects, outline.methods),
     )
 
 
@@ -109,22 +114,32 @@ def _blocks(weights: AdapterWeights) -> tuple[BlockNorm, ...]:
     )
 
 
-def _verdicts(weights: AdapterWeights, dialects: tuple[str, ...]) -> tuple[ToolVerdict, ...]:
-    """By the loading experiment that docs/FORMATS.md tells."""
+def _verdicts(weights: AdapterWeights, dialects: tuple[str, ...], methods: tuple[str, ...]) -> tuple[ToolVerdict, ...]:
+    """By the loading experiments that docs/INTEROP.md tells."""
     pairs = [pair for _, _, pair in weights.pairs()]
     is_kohya = dialects == ("kohya",)
+    is_plain = set(methods) == {"LoRA"}
+    by_row = any(pair.dora_scale is not None and pair.dora_scale.shape[1] == 1 for pair in pairs)
     reasons = {
-        "diffusers": _diffusers(weights, dialects, pairs),
+        "diffusers": _diffusers(weights, dialects, methods, pairs),
         "ComfyUI": ("yes", "") if is_kohya else ("nothing", "it knows kohya's key names only; the rest is skipped"),
         "A1111 / Forge": ("yes", "") if is_kohya else ("nothing", "the keys are skipped without a word"),
-        "kohya sd-scripts": ("yes", "") if is_kohya else ("nothing", "it looks for lora_down names only"),
-        "InvokeAI": _invoke(weights, is_kohya),
+        "kohya sd-scripts": _kohya(is_kohya, is_plain),
+        "InvokeAI": _invoke(weights, is_kohya, by_row),
     }
+    if is_kohya and by_row:
+        reasons["ComfyUI"] = ("wrong picture", "it divides the lengths of DoRA's rows by the base's, not by the sum's")
     return tuple(ToolVerdict(tool, loads, why) for tool, (loads, why) in reasons.items())
 
 
-def _diffusers(weights: AdapterWeights, dialects: tuple[str, ...], pairs: list[LoraPair]) -> tuple[str, str]:
+def _diffusers(
+    weights: AdapterWeights, dialects: tuple[str, ...], methods: tuple[str, ...], pairs: list[LoraPair]
+) -> tuple[str, str]:
     scales = {round(pair.scale, 6) for pair in pairs}
+    if set(methods) - {"LoRA", "DoRA"}:
+        return "refuses", f"it has no {' or '.join(sorted(set(methods) - {'LoRA', 'DoRA'}))}"
+    if dialects == ("kohya",) and "DoRA" in methods:
+        return "wrong picture", "it leaves the lengths of DoRA out"
     if dialects == ("kohya",) and "lora_adapter_metadata" in weights.metadata:
         return "refuses", "alpha tensors and lora_adapter_metadata exclude each other there"
     if dialects == ("kohya",) and len({pair.alpha for pair in pairs}) > 1 and scales != {1.0}:
@@ -134,9 +149,17 @@ def _diffusers(weights: AdapterWeights, dialects: tuple[str, ...], pairs: list[L
     return "yes", ""
 
 
-def _invoke(weights: AdapterWeights, is_kohya: bool) -> tuple[str, str]:
+def _kohya(is_kohya: bool, is_plain: bool) -> tuple[str, str]:
+    if not is_kohya:
+        return "nothing", "it looks for lora_down names only"
+    return ("yes", "") if is_plain else ("wrong picture", "networks.lora knows plain LoRA only; LyCORIS does it")
+
+
+def _invoke(weights: AdapterWeights, is_kohya: bool, by_row: bool) -> tuple[str, str]:
     if not is_kohya:
         return "refuses", "it recognises single files by kohya's key names"
-    if weights.cross_attention_dim is None:
+    # It knows SDXL without them, by blocks of more than two transformers.
+    is_deep = any(re.search(r"transformer_blocks\.[2-9]\.", path) for path in weights.unet)
+    if weights.cross_attention_dim is None and not is_deep:
         return "refuses", "it tells the base model by attn2's keys or values, which this file does not change"
-    return "yes", ""
+    return ("wrong picture", "it takes the lengths of DoRA's rows for columns") if by_row else ("yes", "")

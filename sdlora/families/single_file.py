@@ -25,7 +25,7 @@ from sdlora.families.base import FamilyName
 from sdlora.families.clip import clip_tokenizer
 from sdlora.families.original_names import open_clip_text_name, unet_name, vae_name
 
-__all__ = ["OriginalCheckpoint", "open_checkpoint"]
+__all__ = ["OriginalCheckpoint", "checkpoint_family", "open_checkpoint"]
 
 PredictionType = Literal["epsilon", "v_prediction"]
 
@@ -274,10 +274,15 @@ def open_checkpoint(path: Path) -> OriginalCheckpoint:
             tensors = {key: opened.get_tensor(key) for key in opened.keys() if not key.startswith("model_ema.")}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} cannot be read: {error}. Fetch it again.") from error
-    return OriginalCheckpoint(path, _family(path, tensors), tensors, metadata)
+    return OriginalCheckpoint(path, checkpoint_family(path, tensors), tensors, metadata)
 
 
-def _family(path: Path, tensors: Mapping[str, Tensor]) -> FamilyName:
+def checkpoint_family(path: Path, tensors: Mapping[str, Any]) -> FamilyName:
+    """The family, by the names of the tensors and one shape (`tensors` may hold anything that has a `shape`).
+
+    Raises:
+        ModelError: it is another kind of model, or a part is missing.
+    """
     entry = tensors.get(f"{_UNET}input_blocks.0.0.weight")
     if entry is None:
         raise ModelError(f"{path} {_what_instead(tensors)}")
@@ -297,7 +302,7 @@ def _family(path: Path, tensors: Mapping[str, Tensor]) -> FamilyName:
     raise ModelError(f"{path} holds no text encoder. Take the full version of this checkpoint, not a pruned one.")
 
 
-def _what_instead(tensors: Mapping[str, Tensor]) -> str:
+def _what_instead(tensors: Mapping[str, Any]) -> str:
     names = list(tensors)
     if any("lora_" in name for name in names):
         return "is a LoRA, not a base model. Give it to `sdlora generate --lora`."

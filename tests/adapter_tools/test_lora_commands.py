@@ -59,7 +59,13 @@ def blob(tmp_path: Path) -> Path:
 
 def test_inspect_tells_what_a_file_is(ink: Path) -> None:
     text = run("inspect", ink)
-    for part in ("for sd1, kohya keys, float32", "rank 4, alpha 4", "2 attn2", "trigger: ink style", "ComfyUI: yes"):
+    for part in (
+        "LoRA for sd1, kohya keys, float32",
+        "rank 4, alpha 4",
+        "2 attn2",
+        "trigger: ink style",
+        "ComfyUI: yes",
+    ):
         assert part in text
     assert f"AutoV2 {hashlib.sha256(ink.read_bytes()).hexdigest()[:10]}" in text
     assert "AutoV1 e3b0c442" in text  # a file below 1 MiB

@@ -128,6 +128,10 @@ TEXT_LAYER = "text_model.encoder.layers.0.self_attn"
         (f"unet.{BLOCK}.to_out.0.lora.up.weight", "unet", f"{BLOCK}.to_out.0", "up"),
         (f"{BLOCK}.processor.to_out_lora.down.weight", "unet", f"{BLOCK}.to_out.0", "down"),
         (f"unet.{BLOCK}.processor.to_v_lora.up.weight", "unet", f"{BLOCK}.to_v", "up"),
+        (f"unet.{BLOCK}.to_v.lora_magnitude_vector", "unet", f"{BLOCK}.to_v", "dora_scale"),
+        (f"base_model.model.{BLOCK}.to_v.lora_magnitude_vector.default.weight", "unet", f"{BLOCK}.to_v", "dora_scale"),
+        (f"lora_unet_{FLAT}_to_v.lokr_w2_b", "unet", f"{BLOCK}.to_v", "lokr_w2_b"),
+        (f"lycoris_{FLAT}_to_v.lora_mid.weight", "unet", f"{BLOCK}.to_v", "mid"),
         (f"text_encoder.{TEXT_LAYER}.to_out_lora.up.weight", "text_encoder", f"{TEXT_LAYER}.out_proj", "up"),
         (f"text_encoder.{TEXT_LAYER}.q_proj.lora_linear_layer.up.weight", "text_encoder", f"{TEXT_LAYER}.q_proj", "up"),
     ],
@@ -166,18 +170,15 @@ def test_diffusers_reads_the_same_layer_from_a_kohya_name() -> None:
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        (f"lora_unet_{FLAT}_to_k.dora_scale", "DoRA"),
-        (f"unet.{BLOCK}.to_k.lora_magnitude_vector", "DoRA"),
-        (f"lora_unet_{FLAT}_to_k.hada_w1_a", "LoHa"),
-        (f"lora_unet_{FLAT}_to_k.lokr_w1", "LoKr"),
-        (f"lora_unet_{FLAT}_to_k.lora_mid.weight", "LoCon with a CP decomposition"),
+        (f"lora_unet_{FLAT}_to_k.hada_w1_a", None),
+        (f"unet.{BLOCK}.to_k.hada_w1_a", "LoHa or LoKr in PEFT's own layout"),
         (f"lora_unet_{FLAT}_to_k.oft_blocks", "OFT"),
-        (f"lora_unet_{FLAT}_to_k.diff", "full-difference"),
+        (f"lora_unet_{FLAT}_to_k.diff_b", "full-difference with biases or norms"),
         (f"unet.{BLOCK}.to_k.lora_B.bias", "LoRA with biases"),
         ("lora_unet_double_blocks_0_img_attn_proj.alpha", "transformer-model (such as Flux or SD 3)"),
         (f"lora_unet_{FLAT}_to_k.lora_up.weight", None),
         (f"unet.{BLOCK}.to_k.lora_B.weight", None),
     ],
 )
-def test_methods_that_plain_lora_cannot_express_are_named(name, method) -> None:
+def test_methods_that_are_not_read_are_named(name, method) -> None:
     assert unsupported_method(name) == method

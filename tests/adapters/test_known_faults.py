@@ -217,12 +217,17 @@ def test_a_text_encoder_adapter_of_queries_keys_and_values_alone_is_read(sd1, tm
     assert difference(predict(sd1), expected) < SAME
 
 
-def test_dora_is_refused_and_not_loaded_as_plain_lora(sd1, ink, tmp_path) -> None:
+def test_dora_is_not_loaded_as_plain_lora(sd1, ink, tmp_path) -> None:
     tensors = kohya_tensors(ink)
     key = next(iter(tensors)).split(".")[0]
-    path = save(tmp_path / "dora.safetensors", {**tensors, f"{key}.dora_scale": torch.ones(32, 1)})
-    with pytest.raises(AdapterFileError, match="DoRA"):
-        AdapterStack(sd1).load(path)
+    plain = save(tmp_path / "plain.safetensors", tensors)
+    path = save(tmp_path / "dora.safetensors", {**tensors, f"{key}.dora_scale": torch.full((32, 1), 3.0)})
+    pictures = []
+    for file in (plain, path):
+        pipeline = copy.deepcopy(sd1)
+        AdapterStack(pipeline).load(file)
+        pictures.append(predict(pipeline))
+    assert difference(*pictures) > 0.01
 
 
 @pytest.mark.parametrize("name", ["v1.5", "keys", "to", "type", "default", "two words", "a/b", "weight", "ü"])

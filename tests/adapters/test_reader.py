@@ -237,9 +237,14 @@ def test_a_header_that_breaks_the_rules_is_refused(tmp_path, header, match) -> N
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({f"{KEY}.dora_scale": torch.ones(32)}, "DoRA"),
-        ({f"{KEY}.hada_w1_a": torch.ones(4, 4)}, "LoHa"),
-        ({f"{KEY}.lokr_w1": torch.ones(4, 4)}, "LoKr"),
+        ({f"{KEY}.dora_scale": torch.ones(32)}, "DoRA lengths of .*to_q do not fit"),
+        ({f"{KEY}.dora_scale": torch.ones(5, 1)}, "DoRA lengths of .*to_q do not fit"),
+        ({f"{KEY}.hada_w1_a": torch.ones(4, 4)}, "incomplete set of tensors"),
+        ({f"{KEY}.lokr_w1": torch.ones(4, 4)}, "incomplete set of tensors"),
+        ({f"{KEY}.diff": torch.ones(4, 4)}, "incomplete set of tensors"),
+        ({f"{KEY}.diff_b": torch.ones(4)}, "full-difference with biases"),
+        ({f"{KEY}.oft_blocks": torch.ones(4, 4)}, "OFT"),
+        ({"unet.mid_block.attentions.0.proj_in.hada_w1_a": torch.ones(4, 4)}, "LoHa or LoKr in PEFT's own layout"),
         ({"bundle_emb.ink.string_to_param": torch.ones(4)}, "not part of a LoRA: bundle_emb.ink"),
         ({f"{KEY}.lora_up.weight": None}, r"attn2\.to_q has .* its up factor is missing"),
         ({f"{KEY}.lora_down.weight": None, f"{KEY}.lora_up.weight": None}, "down and up factor is missing"),
@@ -282,7 +287,7 @@ def test_a_whole_model_or_another_architecture_is_refused_by_name(tmp_path) -> N
     [
         ("[", "not valid JSON"),
         ("[]", "not a JSON object"),
-        ('{"unet.use_dora": true}', "DoRA"),
+        ('{"unet.use_dora": true}', "says DoRA, but .* has no lora_magnitude_vector"),
         ('{"unet.lora_alpha": "4"}', "not a number"),
         ('{"unet.lora_alpha": NaN}', "not a number"),
         ('{"unet.lora_alpha": 1e400}', "not a number"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import hashlib
 import json
@@ -15,10 +16,17 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdlora.adapter_file import AdapterMetadata, LoraPair, read_adapter, write_adapter
+from sdlora.adapter_file import (
+    AdapterMetadata,
+    LoraPair,
+    carried_metadata,
+    read_adapter,
+    replace_metadata,
+    write_adapter,
+)
 from sdlora.errors import AdapterFileError
 
-from .builders import METADATA, peft_metadata, peft_tensors, save, simple_pairs, write
+from .builders import METADATA, kohya_tensors, peft_metadata, peft_tensors, save, simple_pairs, write
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
 KEY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2"
@@ -294,3 +302,28 @@ def test_a_peft_file_rewritten_by_us_keeps_its_strength(tmp_path) -> None:
     torch.testing.assert_close(
         delta(read_adapter(path).unet[f"{BLOCK}.to_q"]), delta(pairs[f"{BLOCK}.to_q"]), rtol=1e-5, atol=1e-7
     )
+
+
+def test_a_thumbnail_is_written_as_swarmui_and_a1111_read_it_and_comes_back(tmp_path) -> None:
+    metadata = AdapterMetadata(title="ink", base_model="base", thumbnail=b"\xff\xd8 a picture")
+    path = write_adapter(tmp_path / "ink.safetensors", simple_pairs(), family="sd1", metadata=metadata)
+    header = header_of(path)
+    (cover,) = json.loads(header["ssmd_cover_images"])
+    assert base64.b64decode(cover) == b"\xff\xd8 a picture"
+    assert header["modelspec.thumbnail"] == f"data:image/jpeg;base64,{cover}"
+    assert carried_metadata(header, title="ink").thumbnail == b"\xff\xd8 a picture"
+
+
+def test_a_header_is_replaced_as_a_whole_and_the_tensors_stay(tmp_path) -> None:
+    pairs = simple_pairs(rank=4, alpha=2.0, width=768)
+    private = {"ss_dataset_dirs": '{"ann": 1}', "ss_tag_frequency": '{"ann": {"fox": 1}}', "ss_output_name": "old"}
+    source = save(tmp_path / "a.safetensors", kohya_tensors(pairs), private)
+    before = read_adapter(source)
+    target = replace_metadata(source, tmp_path / "b.safetensors", AdapterMetadata(title="new", base_model="some/base"))
+    after = read_adapter(target)
+    assert (after.metadata["ss_output_name"], after.metadata["ss_network_dim"]) == ("new", "4")
+    assert b"ann" not in target.read_bytes()
+    assert after.tensor_sha256 == before.tensor_sha256 == after.metadata["sshs_model_hash"]
+    unknown = save(tmp_path / "c.safetensors", kohya_tensors(simple_pairs(width=99)))
+    with pytest.raises(AdapterFileError, match="nothing in the file tells"):
+        replace_metadata(unknown, tmp_path / "d.safetensors", METADATA)
