@@ -40,7 +40,10 @@ def adapter_for(folder: Path, family: str, pipeline) -> tuple[Path, dict[str, di
     return write(folder / "ink.safetensors", parts["unet"], family=family, **more), parts
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+# SDXL has both kinds of text encoders; the others take as long again.
+@pytest.mark.parametrize(
+    "family", [pytest.param("sd1", marks=pytest.mark.slow), pytest.param("sd2", marks=pytest.mark.slow), "sdxl"]
+)
 def test_a_baked_checkpoint_is_the_base_with_the_weights_merged_by_hand(tmp_path: Path, family: str) -> None:
     pipeline = pipeline_of(family)
     header = {"modelspec.prediction_type": "epsilon", "modelspec.hash_sha256": "0x00"}
