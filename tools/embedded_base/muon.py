@@ -92,6 +92,10 @@ class Ema:
         torch._foreach_lerp_([self.shadow[name] for name in names], list(params), 1 - decay)
 
     def copy_to(self, model: nn.Module) -> None:
-        with torch.no_grad():
-            for name, param in model.named_parameters():
-                param.copy_(self.shadow[name])
+        self.put(self.shadow, model)
+
+    @staticmethod
+    @torch.no_grad()
+    def put(averages: dict[str, Tensor], model: nn.Module) -> None:
+        for name, param in model.named_parameters():
+            param.copy_(averages[name])

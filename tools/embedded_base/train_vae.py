@@ -147,6 +147,9 @@ def main() -> None:
         vae.load_state_dict(saved["model"])
         step = saved["step"]
     if args.decoder_only:
+        if saved:
+            # The encoder that the U-Net knows is the averaged one; it must be that in training too, and stay that.
+            Ema.put(saved["ema"], vae)
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     skip = ("",) if args.adam else ("conv_in", "conv_out", "quant_conv")
