@@ -128,16 +128,12 @@ def batch_rows(batch: int, images: int, *, is_guided: bool) -> list[tuple[int, b
     (`images` 0) all rows of a branch are alike.
 
     Raises:
-        AdapterError: the batch is not one or two rows an image.
+        AdapterError: the batch is of another number of images.
     """
-    if not images:
-        half = batch // 2 if is_guided and batch % 2 == 0 else 0
-        return [(0, row >= half) for row in range(batch)]
-    if batch not in (images, 2 * images):
-        raise AdapterError(
-            f"{images} weights per image are given, but the batch has {batch // (1 + is_guided)} images."
-        )
-    return [(row % images, row >= batch - images) for row in range(batch)]
+    found = batch // 2 if is_guided and batch % 2 == 0 else batch
+    if images and found != images:
+        raise AdapterError(f"Weights for {images} images of a batch are given, but the batch has {found}.")
+    return [(row % found if images else 0, row >= batch - found) for row in range(batch)]
 
 
 def _repeated(value: Any, batch: int, times: int) -> Any:

@@ -95,6 +95,7 @@ def test_each_image_and_branch_of_one_batch_equals_hand_merged_weights(pipeline,
     truth = [unet(by_hand(pipeline, adapters, weights), row(values, index)) for index, weights in enumerate(rows)]
     stack = make(pipeline, tmp_path, *adapters, family="sdxl" if pipeline.unet.config.addition_embed_type else "sd1")
     stack.set_adapters(["a0", "a1"], ["0.8:images=0,0.5,-1:uncond=-0.5", "1:images=1,0.2,0.6:cond=2"])
+    pipeline._guidance_scale = 7.5
     assert difference(unet(pipeline, values), torch.cat(truth)) < SAME
 
 
@@ -211,8 +212,12 @@ def test_varying_weights_work_in_half_precision(sd1, tmp_path, dtype) -> None:
 def test_batches_that_do_not_fit_the_weights_are_refused(sd1, tmp_path) -> None:
     stack = make(sd1, tmp_path, *two(sd1))
     stack.set_weight("a0", "1:images=0,1")
-    with pytest.raises(AdapterError, match="2 weights per image are given, but the batch has 3 images"):
+    with pytest.raises(AdapterError, match="Weights for 2 images of a batch are given, but the batch has 3"):
         unet(sd1, inputs(sd1, 3))
+    # One image with guidance has two rows as well, and they are not two images.
+    sd1._guidance_scale = 7.5
+    with pytest.raises(AdapterError, match="Weights for 2 images of a batch are given, but the batch has 1"):
+        unet(sd1, inputs(sd1, 2))
     with pytest.raises(AdapterError, match="One adapter has weights for 2 images of a batch, another for 3"):
         stack.set_weight("a1", "1:images=0,1,2")
     with pytest.raises(AdapterError, match=r"cannot be merged; use applied"), stack.merged():
