@@ -42,6 +42,10 @@ class Batch:
     added_cond_kwargs: dict[str, Tensor] | None
     names: tuple[str, ...]
     """File names, for messages."""
+    texts: tuple[str, ...]
+    """The captions as they are shown; "" where one is dropped."""
+    sizes_hw: tuple[list[tuple[int, int]], ...]
+    """What `ModelFamily.added_cond_kwargs` takes: original sizes, crops' top left corners, sizes as trained."""
 
 
 class ExposureOrder:
@@ -111,20 +115,23 @@ def micro_batches(
             )
             noise = _noise(examples, numbers, seed, noise_offset, objective.multires_discount)
             input_noise = _perturbed(noise, numbers, seed, objective.input_perturbation)
-            embeds = training_set.captions.select(_caption_rows(examples, numbers, seed, caption_dropout)).to(device)
+            rows = _caption_rows(examples, numbers, seed, caption_dropout)
+            embeds = training_set.captions.select(rows).to(device)
+            sizes_hw = (
+                [example.original_hw for example in examples],
+                [view.crop_top_left_yx for view in views],
+                [example.target_hw for example in examples],
+            )
             yield Batch(
                 latents=_latents(views, numbers, seed).to(device),
                 noise=noise.to(device),
                 input_noise=input_noise.to(device),
                 timesteps=timesteps.to(device),
                 embeds=embeds,
-                added_cond_kwargs=family.added_cond_kwargs(
-                    embeds,
-                    [example.original_hw for example in examples],
-                    [view.crop_top_left_yx for view in views],
-                    [example.target_hw for example in examples],
-                ),
+                added_cond_kwargs=family.added_cond_kwargs(embeds, *sizes_hw),
                 names=tuple(example.name for example in examples),
+                texts=tuple(training_set.texts[row] for row in rows),
+                sizes_hw=sizes_hw,
             )
 
 

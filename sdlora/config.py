@@ -22,6 +22,7 @@ from sdlora.errors import ConfigError, Problem
 __all__ = [
     "DEFAULT_BASE",
     "TARGET_PRESETS",
+    "BlockSettings",
     "DataConfig",
     "LoraSettings",
     "ModelConfig",
@@ -39,7 +40,15 @@ __all__ = [
 ]
 
 DEFAULT_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-TARGET_PRESETS = ("cross-attention", "attention", "attention+ff")
+TARGET_PRESETS = (
+    "cross-attention",
+    "attention",
+    "attention+ff",
+    "attention+ff+conv",
+    "style-blocks",
+    "b-lora-style",
+    "b-lora-content",
+)
 
 Count: TypeAlias = Annotated[int, Field(strict=True, ge=1)]
 Seed: TypeAlias = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
@@ -123,6 +132,14 @@ class DataConfig(_Section):
         return red, green, blue
 
 
+class BlockSettings(_Section):
+    """A row of `lora.blocks`."""
+
+    match: str = Field(min_length=1)
+    rank: int = Field(strict=True, ge=0, le=512)
+    alpha: Positive | None = None
+
+
 class LoraSettings(_Section):
     """The low-rank adapter."""
 
@@ -137,8 +154,43 @@ class LoraSettings(_Section):
 
     targets: str | tuple[str, ...] = "cross-attention"
     """The layers that get an adapter: `cross-attention` (where text meets picture; the smallest file), `attention`
-    (also self-attention), `attention+ff` (also feed-forward), or a list of patterns such as
-    `["*.attn1.to_v", "*.attn2.to_k"]`, each of which must match a layer."""
+    (also self-attention), `attention+ff` (also feed-forward), `attention+ff+conv` (also the convolutions, as LoCon), or
+    a list of patterns such as `["*.attn1.to_v", "*.attn2.to_k"]`, each of which must match a layer. `style-blocks` is
+    the attention of the blocks that carry style: the way up of SD 1.x and 2.x; of SDXL the two blocks of B-LoRA, which
+    are also there one by one as `b-lora-style` and `b-lora-content` (arXiv 2403.14572)."""
+
+    blocks: tuple[BlockSettings, ...] = ()
+    """Rank and alpha of single layers: rows of `match` (a pattern like those of `targets`), `rank` and `alpha`, such as
+    `[{match = "up_blocks.*", rank = 32, alpha = 16}, {match = "mid_block.*", rank = 0}]`. The last row that matches a
+    layer counts; rank 0 leaves it out; without alpha it keeps the strength that `rank` and `alpha` of all have. Each
+    row must match a layer of `targets`."""
+
+    text_encoder: bool = Field(default=False, strict=True)
+    """Also adapts the text encoders (their attention and feed-forward layers), which then stay in memory and work in
+    every step. Rarely better for a style and sooner spoilt. Rows of `blocks` reach them as `text_encoder.*` and, in
+    SDXL, `text_encoder_2.*`: rank 0 leaves one out."""
+
+    init_from: Path | None = None
+    """Goes on from this adapter file instead of starting anew. Its layers, ranks and strengths are kept: `rank`,
+    `alpha` and `targets` then say nothing, and `text_encoder` must fit it. None: a new adapter."""
+
+    timestep_min_rank: int | None = Field(default=None, strict=True, ge=1, le=512)
+    """In training only this many ranks work at the noisiest timestep, rising evenly to all at the cleanest (T-LoRA,
+    arXiv 2507.05964): against copying when there are very few pictures. Half of `rank` is usual. The file is a plain
+    LoRA, with all ranks at every timestep. None: off."""
+
+    rslora: bool = Field(default=False, strict=True)
+    """Divides alpha by the root of the rank instead of the rank (rsLoRA, arXiv 2312.03732), so that a high rank learns
+    as fast as a low one; then set alpha to a small number such as 4. The file has the usual form: its strength is right
+    in every tool."""
+
+    @model_validator(mode="after")
+    def _one_source_of_ranks(self) -> Self:
+        if self.init_from is not None and (self.blocks or self.rslora):
+            raise ValueError(
+                "the file of init_from decides ranks and strengths; it cannot have blocks or rslora beside it"
+            )
+        return self
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -246,6 +298,9 @@ class OptimizerConfig(_Section):
     restarts: Count = 3
     """How often `cosine-restarts` begins anew."""
 
+    text_encoder_learning_rate: Positive | None = None
+    """Peak step size for `lora.text_encoder`. None: a tenth of `train.learning_rate`; with `prodigy` the same one."""
+
     lora_plus_ratio: Positive = 1.0
     """How many times as fast the up factors learn (LoRA+, arXiv 2402.12354 uses 16, with a lower learning rate)."""
 
@@ -259,6 +314,8 @@ class OptimizerConfig(_Section):
     def _one_rate_for_prodigy(self) -> Self:
         if self.name == "prodigy" and self.lora_plus_ratio != 1:
             raise ValueError("prodigy finds one learning rate for all; it cannot have a lora_plus_ratio")
+        if self.name == "prodigy" and self.text_encoder_learning_rate is not None:
+            raise ValueError("prodigy finds one learning rate for all; it cannot have a text_encoder_learning_rate")
         if self.name == "adamw-schedulefree" and (self.ema_decay or self.max_norm):
             raise ValueError("adamw-schedulefree averages by itself; it goes with neither ema_decay nor max_norm")
         return self
@@ -468,9 +525,10 @@ def _override_value(text: str) -> Any:
 
 def _explain(details: Mapping[str, Any]) -> Problem:
     """The problem that a pydantic error record stands for, in words of the user's."""
-    # The location of a union's member ends in the member's type, which is no setting.
     location = [str(part) for part in details["loc"]]
-    where = ".".join(location[:2])
+    # The location of a union's member ends in the member's type, which is no setting; that of a table's row is one.
+    is_row = len(location) == 4 and location[2].isdecimal()
+    where = ".".join(location if is_row else location[:2])
     match details["type"]:
         case "extra_forbidden":
             return _explain_unknown(location)
@@ -533,6 +591,8 @@ def _did_you_mean(word: str, known: Sequence[str]) -> str:
 def _toml_value(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name} = {_toml_value(inner)}' for name, inner in value.items())}}}"
     # JSON's texts, numbers and booleans are TOML's, but for DEL, which TOML wants escaped.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
@@ -542,6 +602,8 @@ def _type_text(field: FieldInfo) -> str:
     if getattr(schema, "__origin__", None) is Literal:
         return "one of " + ", ".join(f"`{option}`" for option in schema.__args__)  # type: ignore[union-attr]
     text = str(schema)
+    if "BlockSettings" in text:
+        return "list of tables"
     names = {
         "Path": "path",
         "bool": "true or false",

@@ -40,7 +40,7 @@ from sdlora.adapter_tools import (
 )
 from sdlora.errors import AdapterError, AdapterFileError
 from sdlora.families import load_components, load_pipeline, resolve_base
-from sdlora.lora import PRESETS, target_modules
+from sdlora.lora import PRESETS, target_modules, target_patterns
 from sdlora.publishing import open_picture
 from sdlora.stack import AdapterStack
 
@@ -188,6 +188,7 @@ def extract(tuned: str, base: str, target: Path, *, rank: int, targets: str | Se
 
     Raises:
         ModelError: a model cannot be had.
+        ConfigError: the targets are for another family.
         AdapterError: they are of different families, or equal in these layers.
     """
     family, weights = _layers_of_files(tuned, base, targets) or _layers_of_models(tuned, base, targets)
@@ -202,8 +203,9 @@ def extract(tuned: str, base: str, target: Path, *, rank: int, targets: str | Se
 def _layers_of_files(
     tuned: str, base: str, targets: str | Sequence[str]
 ) -> tuple[Family, list[Mapping[str, Tensor]]] | None:
-    """The layers of two checkpoint files, read when they are asked for; None if one of them is no file."""
-    if not (Path(tuned).is_file() and Path(base).is_file()):
+    """The layers of two checkpoint files, read when they are asked for; None if one of them is no file, or if only
+    the models know the targets."""
+    if not (Path(tuned).is_file() and Path(base).is_file()) or (isinstance(targets, str) and targets not in PRESETS):
         return None
     both = [open_layers(Path(name)) for name in (tuned, base)]
     _require_one_family(tuned, both[0].family, base, both[1].family)
@@ -218,7 +220,7 @@ def _layers_of_models(tuned: str, base: str, targets: str | Sequence[str]) -> tu
         for name in (tuned, base)
     ]
     _require_one_family(tuned, models[0].family.name, base, models[1].family.name)
-    paths = target_modules(models[1].unet, targets)
+    paths = target_modules(models[1].unet, target_patterns(targets, models[1].family))
     weights: list[Mapping[str, Tensor]] = [
         {path: module.weight.detach() for path, module in model.unet.named_modules() if path in paths}
         for model in models

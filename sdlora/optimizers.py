@@ -35,23 +35,21 @@ _FROM_SETTINGS = ("lr", "lr_scale", "weight_decay")
 def build_optimizer(
     named: Mapping[str, nn.Parameter], config: TrainConfig, *, fused: bool = False
 ) -> torch.optim.Optimizer:
-    """The optimizer that `config.optimizer.name` asks for, over `PATH.down` and `PATH.up`.
+    """The optimizer that `config.optimizer.name` asks for, over `LAYER.down` and `LAYER.up`.
 
     `fused` takes AdamW's kernel that updates all tensors at once, which rounds otherwise.
 
-    The up factors learn `lora_plus_ratio` times as fast (LoRA+, arXiv 2402.12354); then they are a group of their own,
-    whose `lr_scale` says so.
+    The up factors learn `lora_plus_ratio` times as fast (LoRA+, arXiv 2402.12354), text encoders at their own rate;
+    what has a rate of its own is a group, whose `lr_scale` says so.
 
     Raises:
         TrainingError: it needs a package that is not installed.
     """
     settings, train = config.optimizer, config.train
-    groups: list[dict[str, Any]] = [{"params": list(named.values()), "lr_scale": 1.0}]
-    if settings.lora_plus_ratio != 1:
-        groups = [
-            {"params": [p for name, p in named.items() if name.endswith(".down")], "lr_scale": 1.0},
-            {"params": [p for name, p in named.items() if name.endswith(".up")], "lr_scale": settings.lora_plus_ratio},
-        ]
+    by_scale: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        by_scale.setdefault(_lr_scale(name, config), []).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": params, "lr_scale": scale} for scale, params in by_scale.items()]
     options: dict[str, Any] = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, **options, fused=True if fused else None)
@@ -76,6 +74,16 @@ def build_optimizer(
     if is_schedule_free(optimizer):
         optimizer.train()  # type: ignore[attr-defined]
     return optimizer
+
+
+def _lr_scale(name: str, config: TrainConfig) -> float:
+    """How many times `train.learning_rate` a factor learns with."""
+    settings = config.optimizer
+    scale = settings.lora_plus_ratio if name.endswith(".up") else 1.0
+    if not name.startswith("text_encoder") or settings.name == "prodigy":
+        return scale
+    rate = settings.text_encoder_learning_rate
+    return scale * (0.1 if rate is None else rate / config.train.learning_rate)
 
 
 def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
@@ -144,8 +152,8 @@ def learning_rate_at(
 
 
 @torch.no_grad()
-def limit_norms(named: Mapping[str, nn.Parameter], scale: float, largest: float) -> int:
-    """Shrinks every layer whose change, scale * up @ down, has a Frobenius norm above `largest`; how many it were.
+def limit_norms(named: Mapping[str, nn.Parameter], scales: Mapping[str, float], largest: float) -> int:
+    """Shrinks every layer whose change, its scale * up @ down, has a Frobenius norm above `largest`; how many it were.
 
     Both factors take half of it (in the logarithm). As in kohya's scale_weight_norms.
     """
@@ -153,8 +161,9 @@ def limit_norms(named: Mapping[str, nn.Parameter], scale: float, largest: float)
     for name, up in named.items():
         if not name.endswith(".up"):
             continue
-        down = named[f"{name.removesuffix('.up')}.down"]
-        norm = abs(scale) * _product_norm(down, up)
+        layer = name.removesuffix(".up")
+        down = named[f"{layer}.down"]
+        norm = scales[layer] * _product_norm(down, up)
         if norm > largest:
             factor = math.sqrt(largest / norm)
             down.mul_(factor)

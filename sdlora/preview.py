@@ -31,13 +31,14 @@ class PreviewDrawer:
         settings: PreviewConfig,
         resolution: int,
         precision: Precision,
+        keep_text: bool = False,
     ):
+        """`keep_text`: the text encoders are trained, so that the prompts must be encoded anew each time."""
         self._settings, self._resolution = settings, resolution
         self._precision = precision
-        self._prompts = components.family.encode_prompts(components, settings.prompts)
-        self._empty = components.family.encode_empty_prompt(components)
-        # Only U-Net and VAE are needed from here on.
-        self._components = replace(components, tokenizers=(), text_encoders=())
+        self._embeds = None if keep_text else _embeds(components, settings.prompts)
+        # Only U-Net and VAE are needed from here on, unless the encoders change.
+        self._components = components if keep_text else replace(components, tokenizers=(), text_encoders=())
 
     def into(self, run_dir: RunDir) -> Callable[[int], list[Path]]:
         """Draws every prompt at a step; returns the files."""
@@ -45,21 +46,23 @@ class PreviewDrawer:
 
     def _draw_all(self, run_dir: RunDir, step: int) -> list[Path]:
         paths = []
-        for index in range(len(self._prompts)):
+        embeds = self._embeds or _embeds(self._components, self._settings.prompts)
+        for index in range(len(self._settings.prompts)):
             path = run_dir.preview_path(step, index)
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._draw(index).save(path)
+            self._draw(index, embeds.select([0, 1 + index])).save(path)
             paths.append(path)
         return paths
 
     @torch.no_grad()
-    def _draw(self, index: int) -> Image.Image:
+    def _draw(self, index: int, embeds: PromptEmbeds) -> Image.Image:
+        """`embeds`: two rows, without and with the prompt."""
         components, settings = self._components, self._settings
         assert components.vae is not None
         device = components.unet.device
         scheduler = DDIMScheduler.from_config(components.noise_scheduler.config, clip_sample=False)
         scheduler.set_timesteps(settings.num_inference_steps)
-        embeds = PromptEmbeds.concat([self._empty, self._prompts.select([index])]).to(device)
+        embeds = embeds.to(device)
         size = self._resolution // (2 ** (len(components.vae.config.block_out_channels) - 1))
         noise = torch.randn(1, 4, size, size, generator=counter_generator(settings.seed, "preview", index))
         latents = noise.to(device) * scheduler.init_noise_sigma
@@ -79,6 +82,12 @@ class PreviewDrawer:
             torch.cat([latents] * 2), timestep, embeds.encoder_hidden_states, added_cond_kwargs=added
         ).sample
         return predicted
+
+
+def _embeds(components: Components, prompts: Sequence[str]) -> PromptEmbeds:
+    """The empty prompt, then the others."""
+    family = components.family
+    return PromptEmbeds.concat([family.encode_empty_prompt(components), family.encode_prompts(components, prompts)])
 
 
 def _picture(decoded: Tensor) -> Image.Image:

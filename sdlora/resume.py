@@ -33,6 +33,11 @@ CHANGE_CLASSES: dict[str, Meaning] = {
     "lora.alpha": "changes the run",
     "lora.dropout": "changes the run",
     "lora.targets": "impossible",
+    "lora.blocks": "impossible",
+    "lora.text_encoder": "impossible",
+    "lora.init_from": "free",
+    "lora.timestep_min_rank": "changes the run",
+    "lora.rslora": "changes the run",
     "train.exposures": "changes the run",
     "train.batch_size": "safe",
     "train.gradient_accumulation": "safe",
@@ -56,6 +61,7 @@ CHANGE_CLASSES: dict[str, Meaning] = {
     "optimizer.name": "impossible",
     "optimizer.schedule": "changes the run",
     "optimizer.restarts": "changes the run",
+    "optimizer.text_encoder_learning_rate": "changes the run",
     "optimizer.lora_plus_ratio": "changes the run",
     "optimizer.ema_decay": "impossible",
     "optimizer.max_norm": "changes the run",
@@ -78,10 +84,10 @@ CHANGE_CLASSES: dict[str, Meaning] = {
     "output.recommended_weight": "free",
     "output.with_captions": "free",
 }
-"""What a changed setting does to a run that goes on. `free`: the adapter stays the same (what base and pictures hold is
-compared by itself, wherever they lie). `safe`: the same but for rounding. `changes the run`: another adapter than
-without the stop. `impossible`: the saved state does not fit it. A run keeps the pictures a step that it was begun with,
-whatever batch size they are computed in now. A test sees to it that every setting is here."""
+"""What a changed setting does to a run that goes on. `free`: the adapter stays the same (what base, pictures and a
+first adapter hold is compared by itself, wherever they lie). `safe`: the same but for rounding. `changes the run`:
+another adapter than without the stop. `impossible`: the saved state does not fit it. A run keeps the pictures a step
+that it was begun with, whatever batch size they are computed in now. A test sees to it that every setting is here."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ def run_metadata(
     precision: str,
     base_fingerprint: str | None,
     captions: Iterable[str],
+    training_alpha: float | None = None,
 ) -> AdapterMetadata:
     """The header of the adapter saved at `step`; of the captions only what `output.with_captions` allows.
 
@@ -47,7 +48,7 @@ def run_metadata(
         base_fingerprint=base_fingerprint,
         training=_training(config, step, plan, num_images, precision, today),
         tag_frequency=tag_frequency(captions) if output.with_captions else {},
-        training_alpha=float(config.lora.rank if config.lora.alpha is None else config.lora.alpha),
+        training_alpha=training_alpha,
         own={
             **({"sdlora.base": "tiny"} if config.model.base == "tiny" else {}),
             "sdlora.steps": str(step),
@@ -61,7 +62,7 @@ def run_metadata(
 def settings_digest(config: TrainConfig) -> str:
     """SHA-256 of the settings that make the adapter; places do not count, so that it is the same on every machine."""
     settings = config.model_dump(mode="json")
-    del settings["output"], settings["data"]["path"], settings["validation"]["path"]
+    del settings["output"], settings["data"]["path"], settings["validation"]["path"], settings["lora"]["init_from"]
     if Path(config.model.base).exists():
         del settings["model"]["base"]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode("utf-8")).hexdigest()

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from sdlora.config import TrainConfig
-from sdlora.families import BaseShapes
-from sdlora.lora import attach_lora, trainable_parameters
+from sdlora.families import BaseShapes, detect_family
+from sdlora.lora import LiveAdapter, plan_layers
 from sdlora.precision import Precision
 
 __all__ = ["EncodeTrace", "StepTrace", "trace_encode", "trace_step"]
@@ -70,8 +70,8 @@ def trace_step(
     unet.requires_grad_(False).train()
     nn.Module.to(unet, dtype=precision.weight_dtype)
     weight_bytes = _bytes_of(unet)
-    settings = config.lora
-    attach_lora(unet, adapter_name="lora", rank=settings.rank, dropout=settings.dropout, targets=settings.targets)
+    adapter = plan_layers({"unet": unet}, detect_family(shapes.unet), config.lora)
+    LiveAdapter({"unet": unet}, adapter, dropout=config.lora.dropout)
     nn.Module.to(unet, dtype=precision.weight_dtype)
     if config.model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -79,8 +79,7 @@ def trace_step(
     with _fused_attention(), _Tally(unet, inputs) as tally:
         predicted = unet(*inputs[:3], added_cond_kwargs=inputs[3]).sample
         torch.autograd.backward(predicted.float().square().mean())
-    parameters = sum(parameter.numel() for parameter in trainable_parameters(unet))
-    return StepTrace(weight_bytes, parameters, tally.peak, tally.flops)
+    return StepTrace(weight_bytes, adapter.num_parameters, tally.peak, tally.flops)
 
 
 def trace_encode(shapes: BaseShapes, *, target_hw: tuple[int, int]) -> EncodeTrace:

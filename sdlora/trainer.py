@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdlora.adapter_file import AdapterMetadata, LoraPair, read_adapter, write_adapter
+from sdlora.adapter_file import PARTS, AdapterMetadata, LoraPair, Part, read_adapter, write_adapter
 from sdlora.batches import Batch, ExposureOrder, micro_batches
 from sdlora.checkpoint import Checkpoint, write_checkpoint
 from sdlora.config import TrainConfig
 from sdlora.errors import AdapterError, CheckpointError, ModelError, NonFiniteError
 from sdlora.events import CheckpointSaved, Event, PreviewReady, RunFinished, StepDone, ValidationDone
-from sdlora.families.base import Components
+from sdlora.families.base import Components, PromptEmbeds, embed_texts
 from sdlora.length import LengthPlan, plan_length
-from sdlora.lora import attach_lora, detach_lora, lora_pairs, named_parameters
+from sdlora.lora import LiveAdapter, RankMask, base_models, plan_adapter
 from sdlora.objective import (
     add_noise,
     diffusion_loss,
@@ -56,7 +56,6 @@ from sdlora.unet_modes import enter_modes, leave_modes
 
 __all__ = ["Trainer"]
 
-_ADAPTER_NAME = "lora"
 _MAX_SKIPPED_IN_A_ROW = 20
 _COUNTERS_APART = 1_000_000
 _STATE_SECONDS = 300.0
@@ -91,6 +90,7 @@ class Trainer:
         """
         Raises:
             ModelError: the base predicts something that adapter files have no word for.
+            ConfigError: the targets are not for this base.
             NothingToTrainError: a target matches no layer.
             CheckpointError: the checkpoint belongs to another adapter.
         """
@@ -116,16 +116,12 @@ class Trainer:
         self._unseen: list[StepNumbers] = []
         self._bad: Tensor | None = None
         self._started = self._saved_at = time.perf_counter()
-        attach_lora(
-            self._unet,
-            adapter_name=_ADAPTER_NAME,
-            rank=config.lora.rank,
-            alpha=config.lora.alpha,
-            dropout=config.lora.dropout,
-            targets=config.lora.targets,
-            seed=config.train.seed,
+        self.adapter_plan = plan_adapter(components, config.lora)
+        self._adapter = LiveAdapter(
+            base_models(components), self.adapter_plan, dropout=config.lora.dropout, seed=config.train.seed
         )
-        self._named = named_parameters(self._unet, _ADAPTER_NAME)
+        self._named = self._adapter.named
+        self._rank_mask = self._build_rank_mask()
         self._parameters = list(self._named.values())
         self._optimizer = build_optimizer(self._named, config, fused=self._device.type == "cuda")
         self._average = AdapterAverage(self._named, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
@@ -159,7 +155,7 @@ class Trainer:
             CheckpointError: the state cannot be written.
         """
         self._started = time.perf_counter() - self.state.seconds
-        self._unet.train()
+        self._adapter.train()
         try:
             try:
                 yield from self._steps()
@@ -173,10 +169,14 @@ class Trainer:
                 raise
             self.finished = self._finish()
         finally:
-            leave_modes(self._unet, self._config.model)
-            self._unet.eval()
-            detach_lora(self._unet)
+            self.detach()
         yield self.finished
+
+    def detach(self) -> None:
+        """Gives the base back as it was. `run` does it by itself; for a run that never begins."""
+        leave_modes(self._unet, self._config.model)
+        self._adapter.train(False)
+        self._adapter.detach()
 
     @property
     def _is_done(self) -> bool:
@@ -290,13 +290,13 @@ class Trainer:
 
     def _losses(self, batch: Batch, *, dropout_counters: tuple[int, int]) -> Tensor:
         """The weighted loss of each example, fp32 [b]."""
+        if self._rank_mask is not None:
+            self._rank_mask.timesteps = batch.timesteps
         noisy_latents = add_noise(batch.latents, batch.input_noise, self._alphas_cumprod, batch.timesteps)
         with self._seeded_dropout(dropout_counters), self._precision.autocast():
+            embeds, added_cond_kwargs = self._conditions(batch)
             model_pred = self._unet(
-                noisy_latents,
-                batch.timesteps,
-                batch.embeds.encoder_hidden_states,
-                added_cond_kwargs=batch.added_cond_kwargs,
+                noisy_latents, batch.timesteps, embeds.encoder_hidden_states, added_cond_kwargs=added_cond_kwargs
             ).sample
         target = prediction_target(
             self._prediction_type, batch.latents, batch.noise, self._alphas_cumprod, batch.timesteps
@@ -305,6 +305,19 @@ class Trainer:
         objective = self._config.objective
         weights = loss_weights(objective.weighting, self._prediction_type, snr, self._config.train.snr_gamma)
         return diffusion_loss(model_pred, target, weights, kind=objective.loss, delta=objective.huber_delta)
+
+    def _build_rank_mask(self) -> RankMask | None:
+        min_rank = self._config.lora.timestep_min_rank
+        if min_rank is None:
+            return None
+        return RankMask(self._adapter.downs("unet"), min_rank=min_rank, num_train_timesteps=len(self._alphas_cumprod))
+
+    def _conditions(self, batch: Batch) -> tuple[PromptEmbeds, dict[str, Tensor] | None]:
+        """What the captions tell the U-Net: as prepared, or by encoders that change from step to step."""
+        if not self.adapter_plan.adapts_text:
+            return batch.embeds, batch.added_cond_kwargs
+        embeds = embed_texts(self._components, batch.texts)
+        return embeds, self._components.family.added_cond_kwargs(embeds, *batch.sizes_hw)
 
     def _seeded_dropout(self, counters: tuple[int, int]) -> AbstractContextManager[None]:
         if not self._config.lora.dropout:
@@ -392,9 +405,7 @@ class Trainer:
 
     def _after_update(self) -> None:
         if self._config.optimizer.max_norm:
-            lora = self._config.lora
-            scale = (lora.rank if lora.alpha is None else lora.alpha) / lora.rank
-            limit_norms(self._named, scale, self._config.optimizer.max_norm)
+            limit_norms(self._named, self._adapter.scales, self._config.optimizer.max_norm)
         if self._average is not None:
             self._average.update(self.state.updates)
 
@@ -420,10 +431,10 @@ class Trainer:
             self._save_state()
             yield CheckpointSaved(step=step, path=str(path))
         if self._draw_previews is not None and self._processes.is_main:
-            self._unet.eval()
+            self._adapter.train(False)
             with self._as_saved():
                 pictures = self._draw_previews(step)
-            self._unet.train()
+            self._adapter.train()
             for picture in pictures:
                 yield PreviewReady(step=step, path=str(picture))
 
@@ -434,11 +445,11 @@ class Trainer:
         count = self._config.validation.timesteps
         held_out = trained_on = 0.0
         if self._processes.is_main:
-            self._unet.eval()
+            self._adapter.train(False)
             with self._as_saved(), torch.no_grad():
                 held_out = self._fixed_loss(self._validation_set, count)
                 trained_on = self._fixed_loss(self._training_set, count)
-            self._unet.train()
+            self._adapter.train()
         # Rounding may differ between devices, and all must agree when to stop.
         held_out, trained_on = self._processes.from_main((held_out, trained_on))
         state, settings = self.state, self._config.validation
@@ -473,8 +484,8 @@ class Trainer:
         path, best = self._run_dir.adapter_path, self._best_step()
         keeps_best = best is not None and best < self.state.step and self._config.validation.keep_best
         if best is not None and keeps_best and self._is_done and self._processes.is_main:
-            pairs = read_adapter(self._run_dir.checkpoint_adapter_path(best)).unet
-            self._write(path, pairs, step=best)
+            kept = read_adapter(self._run_dir.checkpoint_adapter_path(best))
+            self._write(path, {part: kept.part(part) for part in PARTS}, step=best)
         else:
             self._write(path)
         self.state.finished = self._is_done
@@ -513,8 +524,7 @@ class Trainer:
             state.finished, state.converged = False, state.converged and self._config.validation.stop != "never"
             return state
         except CheckpointError as error:
-            leave_modes(self._unet, self._config.model)
-            detach_lora(self._unet)
+            self.detach()
             raise CheckpointError(f"{self._run_dir.root}: {error}. Start a new run with `sdlora train`.") from error
 
     def _as_saved(self) -> AbstractContextManager[None]:
@@ -523,16 +533,25 @@ class Trainer:
             return averaged_weights(self._optimizer, self._named)
         return self._average.in_place() if self._average is not None else nullcontext()
 
-    def _write(self, path: Path, pairs: Mapping[str, LoraPair] | None = None, *, step: int | None = None) -> None:
+    def _write(
+        self, path: Path, pairs: Mapping[Part, Mapping[str, LoraPair]] | None = None, *, step: int | None = None
+    ) -> None:
         """The adapter as it is, or the given one of an earlier step."""
         if not self._processes.is_main:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         if pairs is None:
             with self._as_saved():
-                pairs = lora_pairs(self._unet, _ADAPTER_NAME)
+                pairs = self._adapter.pairs()
         metadata = self._metadata(path.stem, self.state.step if step is None else step)
-        write_adapter(path, pairs, family=self._components.family.name, metadata=metadata)
+        write_adapter(
+            path,
+            pairs.get("unet", {}),
+            text_encoder=pairs.get("text_encoder"),
+            text_encoder_2=pairs.get("text_encoder_2"),
+            family=self._components.family.name,
+            metadata=metadata,
+        )
 
     def _metadata(self, title: str, step: int) -> AdapterMetadata:
         texts = self._training_set.texts
@@ -546,6 +565,7 @@ class Trainer:
             prediction_type=self._prediction_type,
             precision=self._precision.name,
             base_fingerprint=self._facts.get("base"),
+            training_alpha=self.adapter_plan.alpha,
             captions=[texts[example.caption_rows[0]] for example in self._training_set.examples],
         )
 

@@ -27,7 +27,7 @@ from sdlora.data.dataset import ImageDataset, scan_dataset
 from sdlora.errors import CheckpointError, ConfigError, DatasetError, ModelError, Problem, TrainingError
 from sdlora.events import Event, Observer, RunFinished, from_json
 from sdlora.families import Components, load_components, resolve_base, weights_fingerprint
-from sdlora.lora import detach_lora, target_modules, trainable_share
+from sdlora.lora import AdapterPlan, base_models, plan_adapter
 from sdlora.out_of_memory import telling_out_of_memory
 from sdlora.precision import Precision, choose_precision
 from sdlora.prepare import TrainingSet, prepare_training_set
@@ -66,6 +66,7 @@ def train_adapter(
     Raises:
         DatasetError: the images cannot be trained on.
         ModelError: the base cannot be had or used here.
+        AdapterError: the adapter to go on from cannot be used with it.
         ConfigError: the settings do not fit the base, or the run folder cannot be made.
         TrainingError: training cannot start or go on; NonFiniteError names the step and the images.
     """
@@ -126,9 +127,14 @@ def resume_run(
             return run_dir.adapter_path
         _tell_other_versions(checkpoint, say)
         parts = _Parts.build(config, dataset, components, say)
-        if parts.base_fingerprint != checkpoint.facts["base"] and config.model.precision == begun.model.precision:
+        begun_on = [checkpoint.facts["base"], *checkpoint.facts.get("text_encoders", ())]
+        same_precision = config.model.precision == begun.model.precision
+        if [parts.base_fingerprint, *parts.text_fingerprints] != begun_on and same_precision:
             detail = f"{parts.components.source} is not the base that this run was started on."
             raise CheckpointError(f"{root}: {detail} Give the right one with --set model.base=...")
+        if parts.start_hash != checkpoint.facts.get("start"):
+            detail = "lora.init_from is not the adapter that this run was begun with."
+            raise CheckpointError(f"{root}: {detail} Give the right one with --set lora.init_from=...")
         # All have read what is written anew here.
         processes.wait()
         if processes.is_main:
@@ -177,6 +183,10 @@ class _Parts:
     validation_set: TrainingSet | None
     precision: Precision
     base_fingerprint: str
+    text_fingerprints: list[str]
+    """Of the text encoders, if they are adapted."""
+    start_hash: str | None
+    """Of the adapter that the run begins with, if it is not a new one."""
     pictures: tuple[Path, ...]
     drawer: PreviewDrawer | None
 
@@ -190,7 +200,7 @@ class _Parts:
             source = resolve_base(config.model.base)
             components = load_components(source, weight_dtype=precision.weight_dtype, device=device)
         # Raises if nothing matches, before minutes of encoding.
-        target_modules(components.unet, config.lora.targets)
+        start = plan_adapter(components, config.lora).start
         with telling_out_of_memory(
             config,
             precision,
@@ -204,13 +214,16 @@ class _Parts:
             validation_set = _prepare(config, components, held_out, cache) if held_out is not None else None
         for note in cache.notes() if cache is not None else []:
             say(note)
+        adapts_text = config.lora.text_encoder
         return _Parts(
             config=config,
-            components=components.without_encoders(),
+            components=components.without_encoders(keep_text=adapts_text),
             training_set=training_set,
             validation_set=validation_set,
             precision=precision,
             base_fingerprint=weights_fingerprint(components.unet),
+            text_fingerprints=[weights_fingerprint(encoder) for encoder in components.text_encoders if adapts_text],
+            start_hash=start.tensor_sha256 if start is not None else None,
             pictures=tuple(example.path for example in dataset.examples),
             drawer=_preview_drawer(config, components, training_set, precision),
         )
@@ -239,7 +252,12 @@ def _train(
         draw_previews=parts.drawer.into(run_dir) if parts.drawer is not None else None,
         validation_set=parts.validation_set,
         checkpoint=checkpoint,
-        facts={"base": parts.base_fingerprint, "versions": _versions()},
+        facts={
+            "base": parts.base_fingerprint,
+            "text_encoders": parts.text_fingerprints,
+            "start": parts.start_hash,
+            "versions": _versions(),
+        },
         processes=processes,
     )
     _introduce(trainer, components, parts.precision, device, say)
@@ -247,10 +265,10 @@ def _train(
         _drive(trainer, [])
         return run_dir.adapter_path
     try:
-        _require_space(run_dir, components, len(trainer.plan.save_steps))
+        _require_space(run_dir, trainer.adapter_plan, len(trainer.plan.save_steps))
     except TrainingError:
         # The trainer takes its LoRA out at the end of a run, and this one never begins.
-        detach_lora(components.unet)
+        trainer.detach()
         raise
     with ExitStack() as stack:
         watching: list[Observer] = [stack.enter_context(JsonlWriter(run_dir.events_path))]
@@ -332,10 +350,9 @@ def _forget_events_after(run_dir: RunDir, step: int) -> None:
     write_text_atomic(run_dir.events_path, "".join(kept))
 
 
-def _require_space(run_dir: RunDir, components: Components, num_saves: int) -> None:
-    parameters, _ = trainable_share(components.unet)
-    # A state holds the weights and two moments in fp32, and one more is written before the oldest goes; files are fp16.
-    needed = parameters * (12 * (KEPT + 1) + 2 * num_saves)
+def _require_space(run_dir: RunDir, adapter: AdapterPlan, num_saves: int) -> None:
+    # A state holds the weights and two moments in fp32, and one more is written before the oldest goes.
+    needed = 12 * adapter.num_parameters * (KEPT + 1) + adapter.file_bytes * num_saves
     free = shutil.disk_usage(run_dir.root).free
     if free < needed:
         raise TrainingError(
@@ -453,11 +470,20 @@ def _preview_drawer(
         settings=config.preview,
         resolution=training_set.resolution,
         precision=precision,
+        keep_text=config.lora.text_encoder,
     )
 
 
 def _introduce(trainer: Trainer, components: Components, precision: Precision, device: torch.device, say: Say) -> None:
-    trainable, share = trainable_share(components.unet)
     say(f"{components.family.title}, {components.prediction_type} prediction, on {device} in {precision.name}.")
-    say(f"Training {trainable:,} parameters, {share:.2%} of the U-Net's.")
+    adapter = trainer.adapter_plan
+    models = base_models(components)
+    frozen = sum(weight.numel() for part in adapter.layers for weight in models[part].parameters())
+    whose = "the U-Net's and the text encoders'" if adapter.adapts_text else "the U-Net's"
+    share = adapter.num_parameters / (frozen - adapter.num_parameters)
+    say(f"Training {adapter.num_parameters:,} parameters, {share:.2%} of {whose}.")
+    if adapter.start is not None:
+        ranks = ", ".join(map(str, sorted({layer.rank for part in adapter.layers.values() for layer in part.values()})))
+        say(f"Going on from {adapter.start.path.name}: its layers are kept, with their ranks ({ranks}).")
+    say(f"Each adapter file: {adapter.file_bytes:,} bytes of weights in {adapter.num_layers} layers.")
     say(trainer.plan.explanation)

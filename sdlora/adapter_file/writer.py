@@ -1,5 +1,6 @@
 """Write an adapter file that every known tool loads unchanged: kohya's keys, alpha equal to the rank, nothing else.
 
+Where ranks differ from layer to layer, all have one alpha: diffusers loses alphas that differ on attention layers.
 Two other dialects are written on request, for libraries that ask for them; alpha is folded in these too.
 
 The header is laid out here and not by the safetensors library, whose order of metadata differs from call to call: the
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import secrets
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +28,7 @@ from sdlora.adapter_file.fold import fold
 from sdlora.adapter_file.keys import flat_key, text_module_path, to_stability
 from sdlora.adapter_file.metadata import AdapterMetadata, Family, build_metadata, family_of
 from sdlora.adapter_file.reader import name_some, read_adapter
-from sdlora.adapter_file.safety import MAX_RANK, Header, read_header
+from sdlora.adapter_file.safety import MAX_ALPHA_PER_RANK, MAX_RANK, Header, read_header
 from sdlora.adapter_file.types import PARTS, LoraPair, Part
 from sdlora.errors import AdapterFileError
 from sdlora.run_dir import sync_folder
@@ -65,13 +67,11 @@ def write_adapter(
     if text_encoder_2 and family != "sdxl":
         raise ValueError("Only SDXL has a second text encoder.")
     parts = {"unet": unet, "text_encoder": text_encoder or {}, "text_encoder_2": text_encoder_2 or {}}
-    stored = {
-        (part, module): _stored_pair(path, module, pair, dtype, dialect)
-        for part in PARTS
-        for module, pair in parts[part].items()
-    }
-    if not stored:
+    pairs = {(part, module): pair for part in PARTS for module, pair in parts[part].items()}
+    if not pairs:
         raise AdapterFileError(path, "there is nothing to write: the adapter has no layers.")
+    alpha = _alpha_of_all([pair.rank for pair in pairs.values()]) if dialect == "kohya" else None
+    stored = {key: _stored_pair(path, key[1], pair, dtype, dialect, alpha) for key, pair in pairs.items()}
     named = {".".join(key): pair for key, pair in stored.items()}
     texts = build_metadata(metadata, family=family, pairs=named, version=__version__)
     content = _serialise(_tensors(stored, dtype, family, dialect), texts)
@@ -156,11 +156,21 @@ def _kohya_key(part: Part, module: str, family: Family) -> str:
     return f"{prefix}_{flat_key(text_module_path(module))}"
 
 
-def _stored_pair(path: Path, module: str, pair: LoraPair, dtype: torch.dtype, dialect: Dialect) -> LoraPair:
+def _alpha_of_all(ranks: list[int]) -> float:
+    """The rank of most layers, as long as no layer gets more alpha than is read."""
+    counts = Counter(ranks)
+    return min(float(max(counts, key=lambda rank: (counts[rank], rank))), MAX_ALPHA_PER_RANK * min(ranks))
+
+
+def _stored_pair(
+    path: Path, module: str, pair: LoraPair, dtype: torch.dtype, dialect: Dialect, alpha: float | None
+) -> LoraPair:
+    """With this alpha, or without one, which means that it is the rank."""
     if not 1 <= pair.rank <= MAX_RANK:
         remedy = "Bring it down with `sdlora lora resize`."
         raise AdapterFileError(path, f"{module} has rank {pair.rank}; 1 to {MAX_RANK} can be written. {remedy}")
-    down, up = (factor.detach().to("cpu", dtype).contiguous() for factor in fold(pair))
+    alpha = float(pair.rank) if alpha is None else alpha
+    down, up = (factor.detach().to("cpu", dtype).contiguous() for factor in fold(pair, weight=pair.rank / alpha))
     lengths = pair.dora_scale
     if lengths is not None:
         if dialect == "diffusers" or (dialect == "peft" and lengths.shape[1] != 1):
@@ -168,7 +178,7 @@ def _stored_pair(path: Path, module: str, pair: LoraPair, dtype: torch.dtype, di
         lengths = lengths.detach().to("cpu", torch.float32).contiguous()
     if not all(torch.isfinite(tensor).all() for tensor in (down, up, lengths) if tensor is not None):
         raise AdapterFileError(path, f"not written: {module} has numbers that are not finite in {dtype}.")
-    return LoraPair(down=down, up=up, alpha=float(pair.rank), dora_scale=lengths)
+    return LoraPair(down=down, up=up, alpha=alpha, dora_scale=lengths)
 
 
 def _tensors(stored: Stored, dtype: torch.dtype, family: Family, dialect: Dialect) -> dict[str, Tensor]:

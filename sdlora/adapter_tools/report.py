@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdlora.adapter_file import AdapterWeights, LoraPair, family_of, outline_adapter, read_adapter
+from sdlora.adapter_file import PARTS, AdapterWeights, LoraPair, family_of, outline_adapter, read_adapter
 from sdlora.adapter_tools.arithmetic import core_svd, energy_rank
 from sdlora.adapter_tools.hashes import FileHashes, file_hashes
 
@@ -142,7 +142,7 @@ def _diffusers(
         return "wrong picture", "it leaves the lengths of DoRA out"
     if dialects == ("kohya",) and "lora_adapter_metadata" in weights.metadata:
         return "refuses", "alpha tensors and lora_adapter_metadata exclude each other there"
-    if dialects == ("kohya",) and len({pair.alpha for pair in pairs}) > 1 and scales != {1.0}:
+    if dialects == ("kohya",) and any(len({pair.alpha for pair in weights.part(part).values()}) > 1 for part in PARTS):
         return "wrong strength", "alphas that differ from layer to layer are lost on attention layers"
     if dialects == ("diffusers",) and scales != {1.0}:
         return "wrong strength", "the older dialect's alpha is not read"

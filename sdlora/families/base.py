@@ -6,6 +6,7 @@ The training loop and the generator ask the family; they never compare its name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -13,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-__all__ = ["Components", "FamilyName", "ModelFamily", "PromptEmbeds", "tokenize"]
+__all__ = ["Components", "FamilyName", "ModelFamily", "PromptEmbeds", "embed_texts", "gradient_if", "tokenize"]
 
 FamilyName: TypeAlias = Literal["sd1", "sd2", "sdxl"]
 
@@ -80,9 +81,9 @@ class Components:
     zeros_for_empty_prompt: bool = False
     """Whether the pipeline stands zeros for an empty prompt instead of encoding it (SDXL base does)."""
 
-    def without_encoders(self) -> Components:
-        """The same without VAE and text encoders, so that their memory can be freed."""
-        return replace(self, vae=None, tokenizers=(), text_encoders=())
+    def without_encoders(self, *, keep_text: bool = False) -> Components:
+        """The same without VAE and, unless they are kept, text encoders, so that their memory can be freed."""
+        return replace(self, vae=None) if keep_text else replace(self, vae=None, tokenizers=(), text_encoders=())
 
 
 class ModelFamily(Protocol):
@@ -124,15 +125,27 @@ class ModelFamily(Protocol):
         ...
 
     @property
+    def preset_blocks(self) -> Mapping[str, tuple[str, ...]]:
+        """Target presets of this family alone: the U-Net blocks, as patterns, whose attention is adapted."""
+        ...
+
+    @property
+    def unread_text_layers(self) -> tuple[int, ...]:
+        """By text encoder, how many of its last layers have no say in what the U-Net is shown."""
+        ...
+
+    @property
     def pipeline_options(self) -> Mapping[str, Any]:
         """Further arguments of the pipeline's constructor."""
         ...
 
-    def encode_prompts(self, components: Components, captions: Sequence[str]) -> PromptEmbeds:
-        """The captions' embeddings, on the encoders' device, without gradient. Over-long captions are cut."""
+    def encode_prompts(
+        self, components: Components, captions: Sequence[str], *, with_gradient: bool = False
+    ) -> PromptEmbeds:
+        """The captions' embeddings, on the encoders' device. Over-long captions are cut."""
         ...
 
-    def encode_empty_prompt(self, components: Components) -> PromptEmbeds:
+    def encode_empty_prompt(self, components: Components, *, with_gradient: bool = False) -> PromptEmbeds:
         """One row: what the pipeline shows the U-Net when there is no prompt."""
         ...
 
@@ -145,6 +158,21 @@ class ModelFamily(Protocol):
     ) -> dict[str, Tensor] | None:
         """Further conditions of the U-Net, one entry of each sequence per row of `embeds`; None if it takes none."""
         ...
+
+
+def embed_texts(components: Components, texts: Sequence[str]) -> PromptEmbeds:
+    """One fp32 row for each text, with the gradient of what is trained in the encoders; "" is the empty prompt."""
+    family, said = components.family, list(dict.fromkeys(text for text in texts if text))
+    parts = [family.encode_prompts(components, said, with_gradient=True)] if said else []
+    if "" in texts:
+        parts.append(family.encode_empty_prompt(components, with_gradient=True))
+    row = {text: number for number, text in enumerate([*said, ""])}
+    return PromptEmbeds.concat(parts).select([row[text] for text in texts]).to(dtype=torch.float32)
+
+
+def gradient_if(wanted: bool) -> AbstractContextManager[None]:
+    """The gradient is recorded if it is wanted and the caller records one."""
+    return nullcontext() if wanted else torch.no_grad()
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipelin
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from sdlora.families.base import Components, FamilyName, PromptEmbeds, tokenize
+from sdlora.families.base import Components, FamilyName, PromptEmbeds, gradient_if, tokenize
 
 __all__ = ["SDXL", "StableDiffusionXLFamily"]
 
@@ -44,14 +44,27 @@ class StableDiffusionXLFamily:
         return (CLIPTextModel, CLIPTextModelWithProjection)
 
     @property
+    def preset_blocks(self) -> Mapping[str, tuple[str, ...]]:
+        """Of ten attention blocks one decides what is drawn and the next one how (B-LoRA, arXiv 2403.14572, sec. 3)."""
+        content, style = "up_blocks.0.attentions.0.*", "up_blocks.0.attentions.1.*"
+        return {"style-blocks": (content, style), "b-lora-style": (style,), "b-lora-content": (content,)}
+
+    @property
+    def unread_text_layers(self) -> tuple[int, ...]:
+        # The second one's last layer still makes the pooled embedding.
+        return (1, 0)
+
+    @property
     def pipeline_options(self) -> Mapping[str, Any]:
         return {"add_watermarker": False}
 
-    def encode_prompts(self, components: Components, captions: Sequence[str]) -> PromptEmbeds:
+    def encode_prompts(
+        self, components: Components, captions: Sequence[str], *, with_gradient: bool = False
+    ) -> PromptEmbeds:
         """Both encoders' last hidden state but one, side by side, and the second one's projection (SDXL,
         arXiv 2307.01952, sec. 2.1)."""
         hidden_states, pooled = [], None
-        with torch.no_grad():
+        with gradient_if(with_gradient):
             for tokenizer, text_encoder in zip(components.tokenizers, components.text_encoders, strict=True):
                 ids = tokenize(tokenizer, captions).to(text_encoder.device)
                 output = text_encoder(ids, output_hidden_states=True)
@@ -59,8 +72,8 @@ class StableDiffusionXLFamily:
                 pooled = output[0]
         return PromptEmbeds(torch.cat(hidden_states, dim=-1), pooled)
 
-    def encode_empty_prompt(self, components: Components) -> PromptEmbeds:
-        embeds = self.encode_prompts(components, [""])
+    def encode_empty_prompt(self, components: Components, *, with_gradient: bool = False) -> PromptEmbeds:
+        embeds = self.encode_prompts(components, [""], with_gradient=with_gradient)
         if not components.zeros_for_empty_prompt:
             return embeds
         assert embeds.pooled_prompt_embeds is not None

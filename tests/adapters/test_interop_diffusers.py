@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from sdlora.adapter_file import write_adapter
+from sdlora.adapter_file import read_adapter, write_adapter
 from sdlora.stack import AdapterStack
 from tests.tiny import tiny_sd1, tiny_sd2, tiny_sdxl
 
-from .builders import METADATA, TEXT, difference, draw, random_pairs
+from .builders import METADATA, TEXT, difference, draw, kohya_tensors, predict, random_pairs, save
 
 # fp32 on both sides, the same stored numbers, another order of additions; each test asserts a far larger effect.
 SAME = 1e-4
@@ -64,3 +66,41 @@ def test_an_sdxl_file_with_both_text_encoders_draws_the_same_in_diffusers(tmp_pa
     base, ours, theirs = both_ways(tiny_sdxl, path)
     assert difference(ours, theirs) < SAME
     assert difference(ours, base) > 0.05
+
+
+def test_ranks_that_differ_from_layer_to_layer_draw_the_same_in_diffusers(tmp_path) -> None:
+    """With an alpha for each rank, diffusers would scale attention layers by the most frequent alpha."""
+    unet = tiny_sd1().unet
+    pairs = random_pairs(unet, rank=4) | {
+        path: pair for path, pair in random_pairs(unet, rank=2, seed=1).items() if path.startswith("up_blocks.")
+    }
+    stored = write_adapter(tmp_path / "ink.safetensors", pairs, family="sd1", metadata=METADATA)
+    read = read_adapter(stored).unet
+    assert {(pair.rank, pair.alpha) for pair in read.values()} == {(4, 2.0), (2, 2.0)}
+    base, ours, theirs = both_ways(tiny_sd1, stored)
+    assert difference(ours, theirs) < SAME
+    assert difference(ours, base) > 0.02
+    each_its_own = {path: replace(pair, up=pair.up * pair.scale, alpha=pair.rank) for path, pair in read.items()}
+    pipeline = tiny_sd1()
+    pipeline.load_lora_weights(save(tmp_path / "own.safetensors", kohya_tensors(each_its_own)))
+    assert difference(draw(pipeline), theirs) > 0.02
+
+
+@torch.no_grad()
+def test_dora_has_no_file_that_plain_diffusers_draws_right(tmp_path) -> None:
+    """Why DoRA (arXiv 2402.09353) is not offered: W' = m (W + BA) / |W + BA| is no change of low rank, and the names
+    that files have for m, `dora_scale`, are dropped on loading; the rest is drawn as plain LoRA."""
+    pairs = random_pairs(tiny_sd1().unet, rank=4, alpha=4.0)
+    tensors, truth = kohya_tensors(pairs), tiny_sd1()
+    for path, pair in pairs.items():
+        layer = truth.unet.get_submodule(path)
+        before, moved = layer.weight.clone(), layer.weight + pair.up @ pair.down
+        magnitude = torch.linspace(0.5, 1.5, len(moved))[:, None] * moved.norm(dim=1, keepdim=True)
+        layer.weight.copy_(magnitude * moved / moved.norm(dim=1, keepdim=True))
+        tensors[f"lora_unet_{path.replace('.', '_')}.dora_scale"] = magnitude
+        assert torch.linalg.matrix_rank(layer.weight - before) > 7 * pair.rank
+    theirs, plain = tiny_sd1(), tiny_sd1()
+    theirs.load_lora_weights(save(tmp_path / "dora.safetensors", tensors))
+    plain.load_lora_weights(save(tmp_path / "plain.safetensors", kohya_tensors(pairs)))
+    assert difference(predict(theirs), predict(plain)) < 1e-5
+    assert difference(predict(theirs), predict(truth)) > 0.02

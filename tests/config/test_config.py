@@ -96,6 +96,24 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     assert len(problems) == 11
 
 
+def test_rows_of_blocks_are_read_written_and_checked(tmp_path: Path) -> None:
+    text = '[data]\npath = "x"\n[[lora.blocks]]\nmatch = "up_blocks.*"\nrank = 8\n[[lora.blocks]]\nmatch = "a\\"b"\n'
+    problems = problems_of_text(tmp_path, f"{text}rank = -1\nalhpa = 2")
+    assert "greater than or equal to 0 (got -1)" in problems["lora.blocks.1.rank"]
+    assert "did you mean 'alpha'?" in problems["lora.blocks.1.alhpa"]
+    path = tmp_path / "settings.toml"
+    path.write_text(f"{text}rank = 0\nalpha = 2.5", encoding="utf-8")
+    config = load_config(path)
+    assert [(row.match, row.rank, row.alpha) for row in config.lora.blocks] == [
+        ("up_blocks.*", 8, None),
+        ('a"b', 0, 2.5),
+    ]
+    path.write_text(to_toml(config), encoding="utf-8")
+    assert load_config(path) == config
+    row = '[{match = "mid_block.*", rank = 2}]'
+    assert load_config(None, ["data.path=x", f"lora.blocks={row}"]).lora.blocks[0].rank == 2
+
+
 def test_the_rendered_error_names_the_file_and_counts() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(None, ["data.path=x", "lora.rank=0"])

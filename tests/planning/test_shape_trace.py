@@ -11,9 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sdlora.families import BaseShapes
+from sdlora.config import LoraSettings
+from sdlora.families import BaseShapes, detect_family
 from sdlora.families.shapes import STANDARD
-from sdlora.lora import attach_lora, trainable_share
+from sdlora.lora import AdapterPlan, LiveAdapter, plan_layers
 from sdlora.precision import Precision
 from sdlora.shape_trace import StepTrace, trace_encode, trace_step
 from tests.tiny import tiny_sd1, tiny_sdxl
@@ -26,6 +27,13 @@ def shapes_of(pipeline: Any) -> BaseShapes:
     return BaseShapes(dict(pipeline.unet.config), dict(pipeline.vae.config), 0)
 
 
+def attach(pipeline: Any) -> AdapterPlan:
+    models = {"unet": pipeline.unet}
+    adapter = plan_layers(models, detect_family(pipeline.unet.config), LoraSettings(rank=4))
+    LiveAdapter(models, adapter)
+    return adapter
+
+
 def traced(pipeline: Any, *, batch_size: int = 2, precision: Precision = FP32, **sections: Any) -> StepTrace:
     config = make_config(**sections)
     return trace_step(shapes_of(pipeline), config, precision, target_hw=(64, 64), batch_size=batch_size)
@@ -33,7 +41,7 @@ def traced(pipeline: Any, *, batch_size: int = 2, precision: Precision = FP32, *
 
 def real_pass(pipeline: Any, around: Callable[[Callable[[], Any]], Any], attention: SDPBackend) -> Any:
     unet = pipeline.unet
-    attach_lora(unet, adapter_name="lora", rank=4)
+    attach(pipeline)
     inputs = torch.zeros(2, 4, 8, 8), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 77, 32)
     with sdpa_kernel(attention):
         return around(lambda: unet(*inputs).sample.square().mean())
@@ -76,8 +84,7 @@ def test_weights_and_adapter_are_counted() -> None:
     pipeline = tiny_sd1()
     step = traced(pipeline, precision=Precision("bf16", "cpu"))
     assert step.weight_bytes == 2 * sum(parameter.numel() for parameter in pipeline.unet.parameters())
-    attach_lora(pipeline.unet, adapter_name="lora", rank=4)
-    assert step.adapter_parameters == trainable_share(pipeline.unet)[0]
+    assert step.adapter_parameters == attach(pipeline).num_parameters
 
 
 def test_more_pictures_take_more_and_checkpointing_trades_memory_for_arithmetic() -> None:

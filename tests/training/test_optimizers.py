@@ -155,7 +155,7 @@ def test_only_layers_that_are_too_strong_are_shrunk_to_the_limit(kernel: int) ->
         return float((0.5 * named[f"{layer}.up"].flatten(1) @ named[f"{layer}.down"].flatten(1)).norm().detach())
 
     assert norm("weak") < 2 < norm("strong")
-    assert limit_norms(named, 0.5, 2.0) == 1
+    assert limit_norms(named, {"strong": 0.5, "weak": 0.5}, 2.0) == 1
     assert norm("strong") == pytest.approx(2.0, rel=1e-5)
     assert torch.equal(named["weak.down"], weak)
 
@@ -195,7 +195,7 @@ def test_with_averaging_the_file_and_the_previews_hold_the_average(tmp_path: Pat
     seen: list[dict[str, LoraPair]] = []
 
     def look(step: int) -> list[Path]:
-        seen.append(lora_pairs(components.unet, "lora"))
+        seen.append(lora_pairs(components.unet))
         return []
 
     settings: dict[str, Any] = {"train": {**SIX_STEPS, "learning_rate": 1e-2}}

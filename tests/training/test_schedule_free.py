@@ -51,7 +51,7 @@ def test_the_saved_file_is_the_average_and_saving_changes_nothing(tmp_path: Path
         for event in trainer.run():
             if isinstance(event, StepDone):
                 losses.append(event.loss)
-                live = lora_pairs(trainer._unet, "lora")
+                live = lora_pairs(trainer._unet)
         runs.append(losses)
         saved = read_adapter(tmp_path / name / "ink.safetensors").unet
         assert any(not torch.allclose(saved[path].up.float(), live[path].up, atol=1e-3) for path in live)

@@ -15,7 +15,7 @@ from sdlora.adapter_file import LoraPair, read_adapter
 from sdlora.errors import ModelError, NonFiniteError, NothingToTrainError
 from sdlora.events import CheckpointSaved, Event, PreviewReady, RunFinished, StepDone
 from sdlora.families import components_from_pipeline
-from sdlora.lora import lora_pairs, target_modules
+from sdlora.lora import PRESETS, lora_pairs, target_modules
 from sdlora.optimizers import learning_rate_at
 from sdlora.precision import Precision
 from sdlora.trainer import Trainer
@@ -34,7 +34,7 @@ def test_each_family_trains_a_step_and_saves(family: str, tmp_path: Path) -> Non
     events = list(trainer.run())
     assert [type(event) for event in events] == [StepDone, RunFinished]
     adapter = read_adapter(tmp_path / "ink.safetensors")
-    assert set(adapter.unet) == set(target_modules(components.unet, "cross-attention"))
+    assert set(adapter.unet) == set(target_modules(components.unet, PRESETS["cross-attention"]))
     assert adapter.metadata["sdlora.family"] == family
     assert adapter.metadata["modelspec.trigger_phrase"] == "ink style"
     # After one update `up` has left zero in every layer.
@@ -119,7 +119,7 @@ def test_the_saved_file_holds_what_was_trained(tmp_path: Path) -> None:
     components = components_from_pipeline(tiny_sd1())
 
     def keep(step: int) -> list[Path]:
-        kept.append(lora_pairs(components.unet, "lora"))
+        kept.append(lora_pairs(components.unet))
         return []
 
     trainer = make_trainer(tmp_path, components=components, draw_previews=keep, lora={"rank": 4, "alpha": 2.0})
