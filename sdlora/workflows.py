@@ -21,6 +21,7 @@ from sdlora.config import DEFAULT_BASE, TrainConfig, load_config
 from sdlora.data.captions import compose_caption
 from sdlora.data.dataset import ImageDataset
 from sdlora.data.decode import decode_image
+from sdlora.emphasis import escape_brackets
 from sdlora.errors import GenerationError
 from sdlora.generation import Generator, StepDrawn, Thrift, pixel_hash
 from sdlora.generation.files import preview_files, share_out
@@ -326,13 +327,14 @@ def _start_of_recipe(picture: Path, recipe: Recipe, given: Path | None, folders:
 
 
 def _prompts_of_run(run_dir: RunDir, config: TrainConfig) -> tuple[str, ...]:
-    """The run's own preview prompts, else some of its captions, with the trigger as in training."""
+    """The run's own preview prompts, else some of its captions, with the trigger, as in training: brackets are no
+    weights."""
     if config.preview.prompts:
-        return config.preview.prompts
+        return tuple(map(escape_brackets, config.preview.prompts))
     if not run_dir.dataset_path.is_file():
         return ()
     record = json.loads(run_dir.dataset_path.read_text(encoding="utf-8"))
-    captions = [compose_caption(entry["caption"], config.data.trigger) for entry in record.values()]
+    captions = [escape_brackets(compose_caption(entry["caption"], config.data.trigger)) for entry in record.values()]
     different = list(dict.fromkeys(captions))
     return tuple(different[:: max(1, len(different) // _RUN_PROMPTS)][:_RUN_PROMPTS])
 

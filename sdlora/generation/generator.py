@@ -139,6 +139,8 @@ class Generator:
         """
         request.check()
         request = request.with_defaults(*_SUITED.get(self.base, ()))
+        # Once more: a strength that suits the usual number of steps may leave none of this base's.
+        request.check()
         self._check_steps(request)
         weighted = request.prompt_syntax == "weighted"
         encoder = PromptEncoder(self.pipeline, weighted=weighted, clip_skip=request.clip_skip)

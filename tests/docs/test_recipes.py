@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = dict(
     re.findall(r"^## (.+?)\n.*?```python\n(.*?)```", (ROOT / "docs" / "RECIPES.md").read_text("utf-8"), re.M | re.S)
 )
-QUICK = {"A picture in a notebook", "With a pipeline you have already", "Two LoRAs in one file"}
+QUICK = {"A picture in a notebook", "Two LoRAs in one file"}
 
 
 @pytest.fixture(scope="module")

@@ -186,6 +186,7 @@ def test_two_processes_draw_the_files_of_one(base: Path, tmp_path: Path) -> None
     assert [read_recipe(path) for path in one] == [read_recipe(path) for path in two]
 
 
+@pytest.mark.slow
 def test_the_embedded_base_takes_its_own_steps_unless_the_scheduler_has_some(tmp_path: Path) -> None:
     for name, options, steps in (("own", (), embedded.NUM_INFERENCE_STEPS), ("lcm", ("--sampler", "LCM"), 4)):
         run("generate", "fox", "--base", "tiny", "--out", tmp_path / name, "--height", 32, "--width", 32, *options)

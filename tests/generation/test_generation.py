@@ -103,6 +103,13 @@ def test_impossible_requests_are_refused_in_one_sentence(generator: Generator, c
     assert "\n" not in str(caught.value)
 
 
+def test_a_strength_that_leaves_no_step_of_the_bases_own_number_is_refused(generator: Generator) -> None:
+    generator.base = "tiny"
+    request = GenerationRequest(prompt="a fox", init_image=Image.new("RGB", (8, 8)), strength=0.04)
+    with pytest.raises(GenerationError, match="leaves none of 20 steps"):
+        next(generator.draw(request))
+
+
 def test_words_that_are_cut_are_told(tiny_pipeline) -> None:
     told: list[str] = []
     generator = Generator(tiny_pipeline, warn=told.append)

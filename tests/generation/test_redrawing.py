@@ -57,7 +57,7 @@ def test_a_picture_is_drawn_over_as_diffusers_does(tiny_pipeline, sdxl) -> None:
         assert drawn.recipe.strength == 0.6
 
 
-@pytest.mark.parametrize("upscaler", ["latent", "lanczos"])
+@pytest.mark.parametrize("upscaler", ["latent", pytest.param("lanczos", marks=pytest.mark.slow)])
 def test_enlarging_is_drawing_enlarging_and_drawing_over(tiny_pipeline, upscaler: str) -> None:
     request = dataclasses.replace(
         REQUEST, height=32, width=32, hires_scale=1.5, hires_strength=0.5, hires_upscaler=upscaler
@@ -77,6 +77,7 @@ def test_enlarging_is_drawing_enlarging_and_drawing_over(tiny_pipeline, upscaler
     assert (drawn.recipe.height, drawn.recipe.hires_scale, drawn.recipe.hires_upscaler) == (32, 1.5, upscaler)
 
 
+@pytest.mark.slow
 def test_enlarging_works_with_sdxl_and_any_scheduler(sdxl) -> None:
     request = dataclasses.replace(REQUEST, height=32, width=32, hires_scale=2.0, scheduler="DPM++ SDE Karras")
     drawn = list(Generator(sdxl).draw(dataclasses.replace(request, num_images=2, batch_size=2)))
