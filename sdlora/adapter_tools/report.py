@@ -129,6 +129,10 @@ def _verdicts(weights: AdapterWeights, dialects: tuple[str, ...], methods: tuple
     }
     if is_kohya and by_row:
         reasons["ComfyUI"] = ("wrong picture", "it divides the lengths of DoRA's rows by the base's, not by the sum's")
+        reasons["A1111 / Forge"] = (
+            "wrong picture",
+            "the one takes the lengths of rows for columns, the other as ComfyUI",
+        )
     return tuple(ToolVerdict(tool, loads, why) for tool, (loads, why) in reasons.items())
 
 
