@@ -19,10 +19,14 @@ from sdlora.length import LengthPlan, plan_length
 from sdlora.precision import Precision
 from sdlora.shape_trace import trace_encode, trace_step
 
-__all__ = ["RunPlan", "largest_bucket", "machine_flops", "plan_run"]
+__all__ = ["FIRST_USE_BYTES", "RunPlan", "largest_bucket", "machine_flops", "plan_run"]
 
 _STATE_TENSORS = {"adamw": 2, "prodigy": 4, "lion": 1, "adamw8bit": 0.5, "adafactor": 0.05, "adamw-schedulefree": 2}
 """Numbers of the adapter's size that an optimizer keeps."""
+_CPU_HEAP = 1.2
+"""What the C library's heap takes for what is live in it (benchmarks/plan_memory.py)."""
+FIRST_USE_BYTES = 120_000_000
+"""What the libraries take when they are first used, beyond what importing them took (as above)."""
 _REACHED = 0.6
 """Share of the speed of one large matrix product that a whole step reaches on a CPU (docs/PERFORMANCE.md)."""
 
@@ -87,12 +91,14 @@ def plan_run(
     # Text encoders are fp32 on a CPU; elsewhere they are in the base's own format.
     text_bytes = shapes.text_parameters * (4 if precision.device_type == "cpu" else precision.weight_dtype.itemsize)
     encoders = encode.weight_bytes + text_bytes
+    on_cpu = precision.device_type == "cpu"
+    heap, libraries = (_CPU_HEAP, library_bytes + FIRST_USE_BYTES) if on_cpu else (1.0, library_bytes)
     kept = 1 + _STATE_TENSORS[config.optimizer.name] + (1 if config.optimizer.ema_decay else 0)
     memory = {
-        "libraries": library_bytes,
+        "libraries": libraries,
         "base": step.weight_bytes,
         "adapter and optimizer": round(4 * kept * step.adapter_parameters),
-        "activations and gradients": step.peak_bytes,
+        "activations and gradients": round(heap * step.peak_bytes),
         **({"encoders for previews": encoders} if config.preview.prompts else {}),
     }
     file_bytes = 2 * step.adapter_parameters
@@ -108,7 +114,7 @@ def plan_run(
         adapter_parameters=step.adapter_parameters,
         file_bytes=file_bytes,
         memory=memory,
-        encoding_bytes=library_bytes + step.weight_bytes + encoders + encode.peak_bytes,
+        encoding_bytes=libraries + step.weight_bytes + encoders + round(heap * encode.peak_bytes),
         step_flops=flops,
         seconds_per_step=seconds_per_step,
         seconds=None if rate is None else (flops * length.steps + views * encode.flops) / rate,

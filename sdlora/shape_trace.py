@@ -1,8 +1,8 @@
 """What one step takes in memory and arithmetic, from shapes alone: the real model is run on tensors without contents.
 
 Exact where a formula would have to be kept up with every option: what the layers keep for the backward pass is counted
-when they keep it, and let go of when they do. All of it is in the number format of the base; attention is the fused
-kernel's, which does not keep its large inner matrix.
+when they keep it, and let go of when they do. Products are in the number format of the base, as autocast makes them;
+attention is the fused kernel's, which does not keep its large inner matrix.
 """
 
 from __future__ import annotations
@@ -72,11 +72,10 @@ def trace_step(
     weight_bytes = _bytes_of(unet)
     adapter = plan_layers({"unet": unet}, detect_family(shapes.unet), config.lora)
     LiveAdapter({"unet": unet}, adapter, dropout=config.lora.dropout)
-    nn.Module.to(unet, dtype=precision.weight_dtype)
     if config.model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     inputs = _unet_inputs(unet, batch_size, height, width, precision.weight_dtype)
-    with _fused_attention(), _Tally(unet, inputs) as tally:
+    with _fused_attention(), _products_in(precision.weight_dtype), _Tally(unet, inputs) as tally:
         predicted = unet(*inputs[:3], added_cond_kwargs=inputs[3]).sample
         torch.autograd.backward(predicted.float().square().mean())
     return StepTrace(weight_bytes, adapter.num_parameters, tally.peak, tally.flops)
@@ -102,6 +101,27 @@ def _fused_attention() -> Iterator[None]:
         return found
 
     with patch.object(torch.nn.functional, "scaled_dot_product_attention", fused):
+        yield
+
+
+@contextmanager
+def _products_in(dtype: torch.dtype) -> Iterator[None]:
+    """What autocast does, which knows no tensors without contents: a layer of another format gets casts of its own."""
+    linear, conv2d = torch.nn.functional.linear, torch.nn.functional.conv2d
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(dtype)
+
+    def cast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear(cast(x), cast(weight), cast(bias))  # type: ignore[arg-type]
+
+    def cast_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any) -> Tensor:
+        return conv2d(cast(x), cast(weight), cast(bias), *args, **options)  # type: ignore[arg-type]
+
+    with (
+        patch.object(torch.nn.functional, "linear", cast_linear),
+        patch.object(torch.nn.functional, "conv2d", cast_conv2d),
+    ):
         yield
 
 

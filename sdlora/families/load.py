@@ -37,8 +37,14 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# The first id is gone from the Hub; the second is the same weights.
-_MOVED = {"runwayml/stable-diffusion-v1-5": DEFAULT_BASE}
+# Ids that are gone from the Hub, and copies of the same weights.
+_MOVED = {
+    "runwayml/stable-diffusion-v1-5": DEFAULT_BASE,
+    **{
+        f"stabilityai/stable-diffusion-{name}": f"sd2-community/stable-diffusion-{name}"
+        for name in ("2", "2-base", "2-1", "2-1-base")
+    },
+}
 _PIPELINES = {"StableDiffusionPipeline": 1, "StableDiffusionXLPipeline": 2}
 _WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
 _DOWNLOADS = (
@@ -98,7 +104,7 @@ def _place(base: str | None) -> tuple[str, str]:
     if folder.is_file():
         return str(folder), ""
     if base in _MOVED:
-        logger.info("%s has moved: using %s, the same weights.", base, _MOVED[base])
+        logger.warning("%s is no longer on the Hub: using %s, a copy of its weights.", base, _MOVED[base])
         base = _MOVED[base]
     if base.count("/") != 1 or base.startswith((".", "~", "/")) or "\\" in base:
         raise ModelError(

