@@ -95,6 +95,7 @@ def test_more_pictures_take_more_and_checkpointing_trades_memory_for_arithmetic(
     assert saving.flops > 1.2 * two.flops
 
 
+@pytest.mark.slow
 def test_sdxl_is_traced_with_its_further_conditions() -> None:
     pipeline = tiny_sdxl()
     step = traced(pipeline, batch_size=1)
