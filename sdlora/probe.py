@@ -57,7 +57,7 @@ def probe_steps(
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             config=config,
-            components=components.without_encoders(),
+            components=components.without_encoders(keep_text=config.lora.text_encoder),
             training_set=training_set,
             run_dir=RunDir(Path(folder), "probe"),
             precision=precision,

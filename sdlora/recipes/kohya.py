@@ -142,7 +142,8 @@ def _targets(values: Mapping[str, Any], foreign: Foreign) -> None:
             "Layers: kohya's LoRA also covers the two projections around each transformer, which our presets leave out."
         )
     if re.search(r"conv_dim", arguments):
-        foreign.without["network_args: conv_dim"] = "the 3x3 convolutions; see lora.targets for patterns"
+        foreign.settings["lora.targets"] = "attention+ff+conv"
+        foreign.without["network_args: conv_dim"] = "the convolutions get lora.rank; lora.blocks can give them another"
     ratio = re.search(r"loraplus_(?:unet_)?lr_ratio['\"]?\s*[:=]\s*['\"]?([\d.]+)", arguments)
     if ratio:
         foreign.settings["optimizer.lora_plus_ratio"] = float(ratio[1])

@@ -106,9 +106,10 @@ def translate(foreign: Foreign, *, images: int | None = None, data: str = "PICTU
     _length(foreign, settings, notes, images)
     _schedule(foreign, settings, without, notes)
     if foreign.text_encoder_rate:
-        without["learning rate of the text encoder"] = (
-            f"{foreign.text_encoder_rate:g}; the U-Net alone is trained by this configuration"
-        )
+        settings["lora.text_encoder"] = True
+        scale = 1.0 if not foreign.learning_rate or rate is None else rate / foreign.learning_rate
+        settings["optimizer.text_encoder_learning_rate"] = float(f"{foreign.text_encoder_rate * scale:.3g}")
+        notes.append("Text encoder: trained as in the recipe; for a style it is rarely better (lora.text_encoder).")
     notes += foreign.notes
     config = _validated(settings, without)
     return Translated(config, settings, tuple(notes), without)

@@ -129,7 +129,7 @@ def test_a_kohya_configuration(tmp_path: Path) -> None:
     assert (config.model.precision, config.train.seed, config.train.batch_size) == ("fp16", 42, 2)
     assert set(made.without) >= {"clip_skip", "shuffle_caption"}
     assert "cache_latents" not in made.without
-    assert any("0.0001" in why for why in made.without.values())  # the text encoder's rate
+    assert config.lora.text_encoder and config.optimizer.text_encoder_learning_rate == pytest.approx(5e-5)
 
 
 def test_a_onetrainer_configuration(tmp_path: Path) -> None:
@@ -143,6 +143,7 @@ def test_a_onetrainer_configuration(tmp_path: Path) -> None:
     assert (config.data.resolution, config.data.flip, config.model.precision) == (512, True, "bf16")
     assert {"optimizer", "masked_training"} <= set(made.without)
     assert any("200 steps" in note for note in made.notes)
+    assert config.lora.text_encoder and config.optimizer.text_encoder_learning_rate == pytest.approx(6.25e-6, rel=1e-2)
     assert config.train.weight_decay == 0.02
 
 
@@ -181,6 +182,17 @@ def test_a_length_in_steps_needs_the_number_of_pictures(tmp_path: Path) -> None:
     assert without.config.train.learning_rate == 1e-4
     # kohya's schedule is constant unless told.
     assert without.config.optimizer.schedule == "constant"
+
+
+def test_convolutions_are_trained_where_the_recipe_does(tmp_path: Path) -> None:
+    path = tmp_path / "locon.toml"
+    path.write_text(
+        'network_module = "lycoris.kohya"\nnetwork_dim = 8\nnetwork_alpha = 8\nlearning_rate = 1e-4\n'
+        'network_args = ["algo=locon", "conv_dim=4"]\nnetwork_train_unet_only = true\n'
+    )
+    made = translate(read_recipe_file(path))
+    assert made.config.lora.targets == "attention+ff+conv" and not made.config.lora.text_encoder
+    assert "network_args: conv_dim" in made.without
 
 
 def test_what_is_out_of_range_is_told_and_left_out(tmp_path: Path) -> None:
