@@ -179,6 +179,12 @@ class LoraSettings(_Section):
     arXiv 2507.05964): against copying when there are very few pictures. Half of `rank` is usual. The file is a plain
     LoRA, with all ranks at every timestep. None: off."""
 
+    dora: bool = Field(default=False, strict=True)
+    """Also learns the length of each row of a layer, beside the direction that the pair turns it to (DoRA, arXiv
+    2402.09353). No low-rank file can say that: the lengths are stored as `dora_scale`, which sdlora and LyCORIS draw
+    right, while diffusers and kohya's `networks.lora` leave them out and ComfyUI and A1111 take them otherwise, all
+    without an error. `sdlora lora bake` puts such an adapter into the base, for every tool."""
+
     rslora: bool = Field(default=False, strict=True)
     """Divides alpha by the root of the rank instead of the rank (rsLoRA, arXiv 2312.03732), so that a high rank learns
     as fast as a low one; then set alpha to a small number such as 4. The file has the usual form: its strength is right
@@ -190,6 +196,8 @@ class LoraSettings(_Section):
             raise ValueError(
                 "the file of init_from decides ranks and strengths; it cannot have blocks or rslora beside it"
             )
+        if self.dora and self.timestep_min_rank is not None:
+            raise ValueError("dora measures all ranks together; it cannot have a timestep_min_rank")
         return self
 
     @field_validator("targets", mode="before")

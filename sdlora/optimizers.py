@@ -35,7 +35,7 @@ _FROM_SETTINGS = ("lr", "lr_scale", "weight_decay")
 def build_optimizer(
     named: Mapping[str, nn.Parameter], config: TrainConfig, *, fused: bool = False
 ) -> torch.optim.Optimizer:
-    """The optimizer that `config.optimizer.name` asks for, over `LAYER.down` and `LAYER.up`.
+    """The optimizer that `config.optimizer.name` asks for, over `LAYER.down`, `LAYER.up` and DoRA's `LAYER.lengths`.
 
     `fused` takes AdamW's kernel that updates all tensors at once, which rounds otherwise.
 
@@ -46,10 +46,14 @@ def build_optimizer(
         TrainingError: it needs a package that is not installed.
     """
     settings, train = config.optimizer, config.train
-    by_scale: dict[float, list[nn.Parameter]] = {}
+    kinds: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in named.items():
-        by_scale.setdefault(_lr_scale(name, config), []).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": params, "lr_scale": scale} for scale, params in by_scale.items()]
+        # Lengths that decay would pull the base's own weights towards zero.
+        kinds.setdefault((_lr_scale(name, config), name.endswith(".lengths")), []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": params, "lr_scale": scale, **({"weight_decay": 0.0} if are_lengths else {})}
+        for (scale, are_lengths), params in kinds.items()
+    ]
     options: dict[str, Any] = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, **options, fused=True if fused else None)

@@ -37,6 +37,7 @@ CHANGE_CLASSES: dict[str, Meaning] = {
     "lora.text_encoder": "impossible",
     "lora.init_from": "free",
     "lora.timestep_min_rank": "changes the run",
+    "lora.dora": "impossible",
     "lora.rslora": "changes the run",
     "train.exposures": "changes the run",
     "train.batch_size": "safe",

@@ -485,5 +485,10 @@ def _introduce(trainer: Trainer, components: Components, precision: Precision, d
     if adapter.start is not None:
         ranks = ", ".join(map(str, sorted({layer.rank for part in adapter.layers.values() for layer in part.values()})))
         say(f"Going on from {adapter.start.path.name}: its layers are kept, with their ranks ({ranks}).")
+    if adapter.num_lengths:
+        say(
+            "Note: this is DoRA. sdlora and LyCORIS draw its files right; diffusers, kohya's networks.lora, ComfyUI "
+            "and A1111 draw something else, without an error. `sdlora lora bake` makes a base of it for every tool."
+        )
     say(f"Each adapter file: {adapter.file_bytes:,} bytes of weights in {adapter.num_layers} layers.")
     say(trainer.plan.explanation)

@@ -48,9 +48,11 @@ class LiveAdapter:
                 name, planned = layer_name(part, path), plan.layers[part][path]
                 known = plan.start.part(part)[path] if plan.start is not None else None
                 down, up = _start(planned, known, seed, name)
-                _fill(layer, planned, down, up)
+                _fill(layer, planned, down, up, known.dora_scale if known is not None else None)
                 self.named[f"{name}.down"] = layer.lora_A[_NAME].weight
                 self.named[f"{name}.up"] = layer.lora_B[_NAME].weight
+                if planned.num_lengths:
+                    self.named[f"{name}.lengths"] = layer.lora_magnitude_vector[_NAME].weight
                 self.scales[name] = planned.alpha / planned.rank
         assert len(self.scales) == plan.num_layers
         assert sum(parameter.numel() for parameter in self.named.values()) == plan.num_parameters
@@ -82,6 +84,7 @@ def lora_pairs(model: nn.Module) -> dict[str, LoraPair]:
             down=_copied(layer.lora_A[_NAME].weight),
             up=_copied(layer.lora_B[_NAME].weight),
             alpha=float(layer.lora_alpha[_NAME]),
+            dora_scale=_lengths(layer),
         )
         for path, layer in _lora_layers(model)
     }
@@ -104,6 +107,7 @@ def _inject(model: nn.Module, layers: Mapping[str, LayerPlan], dropout: float) -
         # One pattern a rank: peft compares each module with each pattern.
         rank_pattern={f"^(?:{'|'.join(map(re.escape, by_rank[rank]))})": rank for rank in others},
         lora_dropout=dropout,
+        use_dora=any(layer.num_lengths for layer in layers.values()),
         target_modules=list(layers),
     )
     with torch.random.fork_rng():
@@ -126,17 +130,29 @@ def _start(planned: LayerPlan, pair: LoraPair | None, seed: int, name: str) -> t
 
 
 @torch.no_grad()
-def _fill(layer: LoraLayer, planned: LayerPlan, down: Tensor, up: Tensor | None) -> None:
+def _fill(layer: LoraLayer, planned: LayerPlan, down: Tensor, up: Tensor | None, lengths: Tensor | None) -> None:
+    """Lengths that are not given stay the base's own, which peft has measured."""
     layer.lora_alpha[_NAME], layer.scaling[_NAME] = planned.alpha, planned.alpha / planned.rank
     # peft takes over the base's fp16, which a gradient scaler refuses and small updates vanish in.
     layer.lora_A[_NAME].to(torch.float32).weight.copy_(down)
     layer.lora_B[_NAME].to(torch.float32).weight.copy_(torch.zeros(()) if up is None else up)
+    if planned.num_lengths:
+        magnitude = layer.lora_magnitude_vector[_NAME].to(torch.float32).weight
+        if lengths is not None:
+            magnitude.copy_(lengths.float().view_as(magnitude))
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer):
             yield path, module
+
+
+def _lengths(layer: LoraLayer) -> Tensor | None:
+    """DoRA's, [out, 1]; peft keeps those of a convolution as [1, out, 1, 1]."""
+    if _NAME not in layer.lora_magnitude_vector:
+        return None
+    return _copied(layer.lora_magnitude_vector[_NAME].weight).reshape(-1, 1)
 
 
 def _copied(weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from sdlora.adapter_file import PARTS, AdapterWeights, LoraPair, Part, read_adapter, resolve_layers
 from sdlora.adapter_file.keys import text_module_path
 from sdlora.config import LoraSettings
-from sdlora.errors import ConfigError, NothingToTrainError, Problem
+from sdlora.errors import AdapterFileError, ConfigError, NothingToTrainError, Problem
 from sdlora.families.base import Components, ModelFamily
 from sdlora.lora.targets import matches, target_modules, target_patterns
 
@@ -32,10 +32,12 @@ class LayerPlan:
     """Of the layer's weight: [out, in] or [out, in, k, k]."""
     rank: int
     alpha: float
+    num_lengths: int = 0
+    """DoRA's, one a row of the weight."""
 
     @property
     def num_parameters(self) -> int:
-        return self.rank * (self.shape[0] + math.prod(self.shape[1:]))
+        return self.rank * (self.shape[0] + math.prod(self.shape[1:])) + self.num_lengths
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,13 @@ class AdapterPlan:
     @property
     def file_bytes(self) -> int:
         """Bytes of the tensors in the written file: the factors and one alpha a layer, without the header."""
-        return _BYTES_PER_NUMBER * (self.num_parameters + self.num_layers)
+        # DoRA's lengths are written in fp32.
+        return _BYTES_PER_NUMBER * (self.num_parameters + self.num_lengths + self.num_layers)
+
+    @property
+    def num_lengths(self) -> int:
+        """DoRA's, of all layers; 0 for a plain LoRA."""
+        return sum(layer.num_lengths for layers in self.layers.values() for layer in layers.values())
 
     @property
     def alpha(self) -> float | None:
@@ -97,7 +105,7 @@ def plan_adapter(components: Components, settings: LoraSettings) -> AdapterPlan:
 def plan_layers(models: Mapping[Part, nn.Module], family: ModelFamily, settings: LoraSettings) -> AdapterPlan:
     """The same for these models alone, whose weights are not looked at."""
     if settings.init_from is not None:
-        return _plan_from_file(models, read_adapter(settings.init_from))
+        return _plan_from_file(models, read_adapter(settings.init_from), dora=settings.dora)
     return _plan_from_settings(models, family, settings)
 
 
@@ -106,12 +114,15 @@ def layer_name(part: Part, path: str) -> str:
     return path if part == "unet" else f"{part}.{text_module_path(path)}"
 
 
-def _plan_from_file(models: Mapping[Part, nn.Module], start: AdapterWeights) -> AdapterPlan:
+def _plan_from_file(models: Mapping[Part, nn.Module], start: AdapterWeights, *, dora: bool) -> AdapterPlan:
     """The file's own layers, ranks and alphas."""
     has_text = bool(start.text_encoder or start.text_encoder_2)
     if has_text != (len(models) > 1):
         what = f"{start.path.name} {'adapts' if has_text else 'does not adapt'} the text encoders."
         raise ConfigError("the settings", [Problem("lora.text_encoder", what, f"Set it to {str(has_text).lower()}.")])
+    if start.is_dora != dora:
+        what = f"{start.path.name} is {'a' if start.is_dora else 'no'} DoRA."
+        raise ConfigError("the settings", [Problem("lora.dora", what, f"Set it to {str(start.is_dora).lower()}.")])
     width: int = models["unet"].config.cross_attention_dim  # type: ignore[union-attr, assignment]
     found = resolve_layers(start, models, cross_attention_dim=width)
     layers: dict[Part, dict[str, LayerPlan]] = {}
@@ -121,7 +132,8 @@ def _plan_from_file(models: Mapping[Part, nn.Module], start: AdapterWeights) -> 
             if layer in found:
                 pair = pairs.setdefault(part, {})[path] = found[layer]
                 shape = (pair.up.shape[0], *pair.down.shape[1:])
-                layers.setdefault(part, {})[path] = LayerPlan(shape, pair.rank, pair.alpha)
+                num_lengths = _checked_lengths(start, path, pair) if dora else 0
+                layers.setdefault(part, {})[path] = LayerPlan(shape, pair.rank, pair.alpha, num_lengths)
     shaped = {part: pairs.get(part, {}) for part in PARTS}
     return AdapterPlan(
         layers,
@@ -132,6 +144,13 @@ def _plan_from_file(models: Mapping[Part, nn.Module], start: AdapterWeights) -> 
             text_encoder_2=shaped["text_encoder_2"],
         ),
     )
+
+
+def _checked_lengths(start: AdapterWeights, path: str, pair: LoraPair) -> int:
+    """How many there are. Raises AdapterFileError if they are none or not of rows, which alone are trained."""
+    if pair.dora_scale is None or pair.dora_scale.shape[1] != 1:
+        raise AdapterFileError(start.path, f"{path} has no lengths by row; only a DoRA that has can be gone on from.")
+    return int(pair.dora_scale.shape[0])
 
 
 def _plan_from_settings(models: Mapping[Part, nn.Module], family: ModelFamily, settings: LoraSettings) -> AdapterPlan:
@@ -147,7 +166,7 @@ def _plan_from_settings(models: Mapping[Part, nn.Module], family: ModelFamily, s
             rank, alpha = sizes[layer_name(part, path)]
             if rank:
                 shape = tuple(models[part].get_submodule(path).weight.shape)  # type: ignore[arg-type]
-                layers.setdefault(part, {})[path] = LayerPlan(shape, rank, alpha)
+                layers.setdefault(part, {})[path] = LayerPlan(shape, rank, alpha, shape[0] if settings.dora else 0)
     if not layers:
         raise NothingToTrainError(patterns)
     return AdapterPlan(layers)

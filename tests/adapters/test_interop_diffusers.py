@@ -88,8 +88,8 @@ def test_ranks_that_differ_from_layer_to_layer_draw_the_same_in_diffusers(tmp_pa
 
 @torch.no_grad()
 def test_dora_has_no_file_that_plain_diffusers_draws_right(tmp_path) -> None:
-    """Why DoRA (arXiv 2402.09353) is not offered: W' = m (W + BA) / |W + BA| is no change of low rank, and the names
-    that files have for m, `dora_scale`, are dropped on loading; the rest is drawn as plain LoRA."""
+    """What is said of DoRA (arXiv 2402.09353) before a run: W' = m (W + BA) / |W + BA| is no change of low rank, and
+    the names that files have for m, `dora_scale`, are dropped on loading; the rest is drawn as plain LoRA."""
     pairs = random_pairs(tiny_sd1().unet, rank=4, alpha=4.0)
     tensors, truth = kohya_tensors(pairs), tiny_sd1()
     for path, pair in pairs.items():

@@ -20,6 +20,7 @@ from sdlora.errors import AdapterMismatchError, CheckpointError, ConfigError
 from sdlora.events import Event, StepDone
 from sdlora.families import components_from_pipeline
 from sdlora.lora import active_ranks, lora_pairs
+from sdlora.optimizers import build_optimizer
 from sdlora.stack import AdapterStack
 from sdlora.training import resume_run, train_adapter
 from tests.adapters.builders import METADATA, difference, hand_merged, kohya_tensors, predict, random_pairs, save
@@ -225,3 +226,56 @@ def test_in_training_each_example_has_its_own_ranks_and_in_drawing_all(tmp_path:
 def test_a_run_with_few_ranks_in_noise_goes_on_exactly(tmp_path: Path, name: str) -> None:
     lora = {"rank": 4, "timestep_min_rank": 2}
     assert resumed_as_unbroken(tmp_path, family=name, lora=lora, model={"gradient_checkpointing": name == "sd1"})
+
+
+# DoRA.
+
+
+@pytest.mark.parametrize("name", SLOW_REST)
+def test_dora_learns_lengths_and_its_file_draws_what_was_trained(tmp_path: Path, name: str) -> None:
+    pipeline = TINY[name]()
+    base = predict(pipeline)
+    live: list[torch.Tensor] = []
+
+    def look(step: int) -> list[Path]:
+        live.append(predict(pipeline))
+        return []
+
+    components = components_from_pipeline(pipeline)
+    lora = {"rank": 2, "alpha": 1.0, "dora": True, "targets": ["attn2.to_k", "conv1"]}
+    trainer = make_trainer(tmp_path, family=name, components=components, draw_previews=look, lora=lora, train=ONE_STEP)
+    before = predict(pipeline)
+    assert difference(before, base) < 1e-4
+    list(trainer.run())
+    path = tmp_path / "ink.safetensors"
+    assert tensor_bytes(path) == trainer.adapter_plan.file_bytes
+    # The paper's equation 5, with lengths of rows as in peft: m (W + s B A) / |W + s B A|.
+    truth, moved = TINY[name](), 0
+    with torch.no_grad():
+        for module, pair in read_adapter(path).unet.items():
+            layer = truth.unet.get_submodule(module)
+            turned = layer.weight.flatten(1) + pair.scale * pair.up.float().flatten(1) @ pair.down.float().flatten(1)
+            lengths = turned.norm(dim=1, keepdim=True)
+            moved += int(not torch.allclose(pair.dora_scale, layer.weight.flatten(1).norm(dim=1, keepdim=True)))
+            layer.weight.copy_((pair.dora_scale * turned / lengths).view_as(layer.weight))
+    assert moved == trainer.adapter_plan.num_layers
+    assert difference(live[0], base) > 0.02
+    assert difference(predict(truth), live[0]) < 0.02 * difference(live[0], base)
+    AdapterStack(pipeline).load(path)
+    assert difference(predict(pipeline), predict(truth)) < 1e-4
+
+
+@pytest.mark.parametrize("name", SLOW_REST)
+def test_a_dora_run_goes_on_exactly(tmp_path: Path, name: str) -> None:
+    assert resumed_as_unbroken(tmp_path, family=name, lora={"rank": 2, "dora": True, "dropout": 0.1})
+
+
+def test_lengths_do_not_decay_and_dora_refuses_what_it_cannot_have(tmp_path: Path) -> None:
+    named = {name: torch.nn.Parameter(torch.ones(2)) for name in ("a.down", "a.up", "a.lengths")}
+    groups = build_optimizer(named, make_config()).param_groups
+    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(2, 0.01), (1, 0.0)]
+    first = save(tmp_path / "first.safetensors", kohya_tensors(mixed_pairs()))
+    with pytest.raises(ConfigError, match=r"first\.safetensors is no DoRA\. Set it to false"):
+        make_trainer(tmp_path, lora={"init_from": first, "dora": True})
+    with pytest.raises(ValueError, match="cannot have a timestep_min_rank"):
+        make_config(lora={"dora": True, "timestep_min_rank": 2})

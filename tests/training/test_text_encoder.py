@@ -106,6 +106,7 @@ def test_a_whole_run_keeps_the_encoders_and_draws_with_what_they_learnt(tmp_path
     assert len(read_adapter(path).text_encoder) == 12
     assert any("% of the U-Net's and the text encoders'." in sentence for sentence in said)
     assert [event.step for event in events if isinstance(event, PreviewReady)] == [1]
+    assert any(f"Each adapter file: {tensor_bytes(path):,} bytes" in sentence for sentence in said)
     after = snapshot(pipeline)
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
 
