@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -40,12 +40,18 @@ class Batch:
     """int64 [b]."""
     embeds: PromptEmbeds
     added_cond_kwargs: dict[str, Tensor] | None
+    weights: Tensor
+    """fp32 [b], how much each example counts."""
+    loss_mask: Tensor | None
+    """fp32 [b, 1, h, w] in 0..1, how much each place counts; None: all the same."""
     names: tuple[str, ...]
     """File names, for messages."""
     texts: tuple[str, ...]
     """The captions as they are shown; "" where one is dropped."""
     sizes_hw: tuple[list[tuple[int, int]], ...]
     """What `ModelFamily.added_cond_kwargs` takes: original sizes, crops' top left corners, sizes as trained."""
+    prior: Batch | None = None
+    """The same noisy latents with the prompts to which the base's answers are kept."""
 
 
 class ExposureOrder:
@@ -122,17 +128,27 @@ def micro_batches(
                 [view.crop_top_left_yx for view in views],
                 [example.target_hw for example in examples],
             )
-            yield Batch(
+            batch = Batch(
                 latents=_latents(views, numbers, seed).to(device),
                 noise=noise.to(device),
                 input_noise=input_noise.to(device),
                 timesteps=timesteps.to(device),
                 embeds=embeds,
                 added_cond_kwargs=family.added_cond_kwargs(embeds, *sizes_hw),
+                weights=torch.tensor([example.weight for example in examples]).to(device),
+                loss_mask=_loss_mask(views, device),
                 names=tuple(example.name for example in examples),
                 texts=tuple(training_set.texts[row] for row in rows),
                 sizes_hw=sizes_hw,
             )
+            if examples[0].prior_rows:
+                rows = [_one_of(e.prior_rows, seed, "prior", n) for e, n in zip(examples, numbers, strict=True)]
+                embeds = training_set.captions.select(rows).to(device)
+                added = family.added_cond_kwargs(embeds, *sizes_hw)
+                texts = tuple(training_set.texts[row] for row in rows)
+                prior = replace(batch, embeds=embeds, added_cond_kwargs=added, texts=texts, loss_mask=None)
+                batch = replace(batch, prior=prior)
+            yield batch
 
 
 def _views(examples: Sequence[PreparedExample], numbers: Sequence[int], seed: int) -> list[View]:
@@ -152,6 +168,14 @@ def _one_of(choices: Sequence[_Choice], seed: int, purpose: str, number: int) ->
 def _latents(views: Sequence[View], numbers: Sequence[int], seed: int) -> Tensor:
     generators = [counter_generator(seed, "latents", number) for number in numbers]
     return torch.stack([view.latents.sample(generator) for view, generator in zip(views, generators, strict=True)])
+
+
+def _loss_mask(views: Sequence[View], device: torch.device) -> Tensor | None:
+    masks = [view.loss_mask for view in views]
+    if all(mask is None for mask in masks):
+        return None
+    everywhere = torch.ones(1, *views[0].latents.mean.shape[1:])
+    return torch.stack([everywhere if mask is None else mask for mask in masks]).to(device)
 
 
 def _noise(

@@ -199,11 +199,9 @@ def train(
     }
     train_config = _train_config(config, given, settings or [])
 
-    from sdlora.data.dataset import scan_dataset
+    from sdlora.data.dataset import scan_configured
 
-    dataset = scan_dataset(
-        train_config.data.path, trigger=train_config.data.trigger, background=train_config.data.background_rgb
-    )
+    dataset = scan_configured(train_config.data)
     _say_once(f"{train_config.data.path}: {dataset.layout}")
     for problem in dataset.warnings:
         _warn_once(str(problem))

@@ -30,6 +30,7 @@ __all__ = [
     "OptimizerConfig",
     "OutputConfig",
     "PreviewConfig",
+    "PriorConfig",
     "TrainConfig",
     "TrainSettings",
     "ValidationConfig",
@@ -114,8 +115,38 @@ class DataConfig(_Section):
     caption_dropout: Fraction = 0.1
     """Share of exposures shown without caption, which keeps guidance working. 0.05 to 0.1 is usual."""
 
+    caption_prefix: str = ""
+    """Stands before every caption, with a space between."""
+
+    caption_suffix: str = ""
+    """Stands after every caption and the trigger, e.g. `, white background`."""
+
+    shuffle_tags: bool = Field(default=False, strict=True)
+    """Captions are tags with commas between, and come in another order from exposure to exposure. Trigger, prefix and
+    suffix stay where they are."""
+
+    keep_tags: Annotated[int, Field(strict=True, ge=0)] = 0
+    """The first so many tags of a caption are neither moved nor left out."""
+
+    tag_dropout: Fraction = 0.0
+    """Share of the tags that an exposure leaves out, so that no tag is needed for the style. 0 to 0.2."""
+
+    caption_variants: Annotated[int, Field(strict=True, ge=1, le=1000)] = 8
+    """How many different captions an image has with `shuffle_tags` or `tag_dropout`; encoded before the run."""
+
     flip: bool = Field(default=False, strict=True)
     """Also show images mirrored, at random. Wrong for art with lettering, signatures or a fixed direction of light."""
+
+    crop_variants: Annotated[int, Field(strict=True, ge=1, le=100)] = 1
+    """How many cut-outs of each image are shown, in turn by chance. The first is as large as its shape allows, the
+    others are anywhere in the image and up to 1.25 times closer, but never enlarged for it."""
+
+    masks: str | None = Field(default=None, min_length=1)
+    """Which parts of the images are learnt: a folder with grey images of the same names and sizes (white: learnt,
+    black: not), or `alpha` for the images' own transparency. None: all."""
+
+    mask_outside: Fraction = 0.0
+    """How much what is black in a mask counts nevertheless."""
 
     cache: bool = Field(default=True, strict=True)
     """Keeps encoded images and captions on the disk, so that the next run on them starts at once. The adapter is the
@@ -334,7 +365,14 @@ class ValidationConfig(_Section):
 
     path: Path | None = None
     """Folder with pictures and captions in the same style. Their loss is measured before the first step and at each
-    save, always with the same noise. None: not done."""
+    save, always with the same noise. None: not done, unless `share` or `count` is given."""
+
+    share: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
+    """Instead of a folder: about this share of the training pictures, at least one. Their contents decide which, so
+    that pictures that come or go change nothing for the others."""
+
+    count: Annotated[int, Field(strict=True, ge=0)] = 0
+    """Instead of a folder: this many of the training pictures. One that is added later replaces at most one of them."""
 
     timesteps: Count = 4
     """Noise levels per picture."""
@@ -349,6 +387,37 @@ class ValidationConfig(_Section):
 
     keep_best: bool = Field(default=True, strict=True)
     """The save with the lowest held-out loss becomes the result; all others stay in `checkpoints`."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [name for name in ("path", "share", "count") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both say what is held out; keep one")
+        return self
+
+
+class PriorConfig(_Section):
+    """Keeps what the base draws without the trigger as it is, while the adapter learns."""
+
+    weight: NotNegative = 0.0
+    """How much the base's own answers count beside the pictures. 0.1 to 1 is usual; a step takes about 2.3 times as
+    long. 0: off."""
+
+    prompts: tuple[str, ...] = ()
+    """Plain prompts, such as `a fox` or `a house by a lake`, whose answers with the adapter must stay those of the base
+    alone, at the same noisy images; no further pictures are needed. Empty: the captions without the trigger."""
+
+    path: Path | None = None
+    """Instead: a folder of pictures with captions in no particular style, which are learnt besides, as many as others,
+    so that the adapter keeps to what the trigger calls."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.prompts and self.path:
+            raise ValueError("prompts and path both say what is kept; keep one")
+        if not self.weight and (self.prompts or self.path):
+            raise ValueError("without a weight above 0 nothing is kept")
+        return self
 
 
 class PreviewConfig(_Section):
@@ -414,6 +483,7 @@ class TrainConfig(_Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     validation: ValidationConfig = ValidationConfig()
+    prior: PriorConfig = PriorConfig()
     preview: PreviewConfig = PreviewConfig()
     output: OutputConfig = OutputConfig()
 

@@ -125,9 +125,16 @@ def loss_weights(kind: Weighting, prediction_type: PredictionType, snr: Tensor, 
 
 
 def diffusion_loss(
-    model_pred: Tensor, target: Tensor, weights: Tensor, *, kind: LossKind = "mse", delta: float = 0.1
+    model_pred: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    *,
+    kind: LossKind = "mse",
+    delta: float = 0.1,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Weighted mean error of each example in fp32, [B].
+    """Weighted mean error of each example in fp32, [B]. A `mask` [B, 1, h, w] in 0..1 says how much each place counts;
+    the mean is over all places, so that one counts the same in every picture.
 
     "huber" is twice PyTorch's and "smooth_l1" twice its own, so that both equal "mse" for errors below `delta` (times
     1 / delta for the latter).
@@ -139,6 +146,8 @@ def diffusion_loss(
         each = 2 * F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=delta)
     else:
         each = 2 * F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none", beta=delta)
+    if mask is not None:
+        each = each * mask
     return weights * each.flatten(1).mean(1)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +9,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdlora.config import TrainConfig
-from sdlora.data.dataset import ImageDataset
+from sdlora.data.content import content_hash
+from sdlora.data.dataset import ImageCaption, ImageDataset
 from sdlora.errors import CheckpointError
 
-__all__ = ["CHANGE_CLASSES", "Change", "config_changes", "dataset_changes", "dataset_record", "require_allowed"]
+__all__ = [
+    "CHANGE_CLASSES",
+    "Change",
+    "config_changes",
+    "dataset_changes",
+    "dataset_record",
+    "own_pictures",
+    "require_allowed",
+]
+
+_PRIOR_PREFIX = "prior.path: "
+"""Before the names of pictures in the folder `prior.path`."""
 
 Meaning = Literal["free", "safe", "changes the run", "impossible"]
 
@@ -27,6 +38,15 @@ CHANGE_CLASSES: dict[str, Meaning] = {
     "data.background": "changes the run",
     "data.caption_dropout": "changes the run",
     "data.flip": "changes the run",
+    "data.caption_prefix": "changes the run",
+    "data.caption_suffix": "changes the run",
+    "data.shuffle_tags": "changes the run",
+    "data.keep_tags": "changes the run",
+    "data.tag_dropout": "changes the run",
+    "data.caption_variants": "changes the run",
+    "data.crop_variants": "changes the run",
+    "data.masks": "free",
+    "data.mask_outside": "changes the run",
     "data.cache": "free",
     "data.cache_dir": "free",
     "lora.rank": "impossible",
@@ -69,10 +89,15 @@ CHANGE_CLASSES: dict[str, Meaning] = {
     "train.save_every": "free",
     "train.log_every": "free",
     "validation.path": "impossible",
+    "validation.share": "impossible",
+    "validation.count": "impossible",
     "validation.timesteps": "impossible",
     "validation.stop": "changes the run",
     "validation.stop_after": "changes the run",
     "validation.keep_best": "free",
+    "prior.weight": "changes the run",
+    "prior.prompts": "changes the run",
+    "prior.path": "free",
     "preview.prompts": "free",
     "preview.num_inference_steps": "free",
     "preview.guidance_scale": "free",
@@ -112,15 +137,28 @@ def config_changes(old: TrainConfig, new: TrainConfig) -> list[Change]:
     ]
 
 
-def dataset_record(dataset: ImageDataset) -> dict[str, dict[str, Any]]:
-    """By file name: SHA-256 of the picture's bytes, its caption, how often it counts."""
+def dataset_record(dataset: ImageDataset, prior: ImageDataset | None = None) -> dict[str, dict[str, Any]]:
+    """By file name: SHA-256 of the picture's bytes, its caption, how often and how much it counts, its mask's hash. The
+    pictures of a `prior` stand under names of their own."""
+    record = {example.path.relative_to(dataset.root).as_posix(): _entry(example) for example in dataset.examples}
+    if prior is not None:
+        names = {example.path.relative_to(prior.root).as_posix(): example for example in prior.examples}
+        record |= {f"{_PRIOR_PREFIX}{name}": _entry(example) for name, example in names.items()}
+    return record
+
+
+def own_pictures(record: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The entries of the pictures that the adapter is made of."""
+    return {name: entry for name, entry in record.items() if not name.startswith(_PRIOR_PREFIX)}
+
+
+def _entry(example: ImageCaption) -> dict[str, Any]:
     return {
-        example.path.relative_to(dataset.root).as_posix(): {
-            "sha256": hashlib.sha256(example.path.read_bytes()).hexdigest(),
-            "caption": example.caption,
-            "repeats": example.repeats,
-        }
-        for example in dataset.examples
+        "sha256": content_hash(example.path),
+        "caption": example.caption,
+        "repeats": example.repeats,
+        "weight": example.weight,
+        "mask": content_hash(example.mask) if example.mask is not None else None,
     }
 
 
@@ -133,9 +171,13 @@ def dataset_changes(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapp
             continue
         if old[name]["sha256"] != new[name]["sha256"]:
             changes.append(f"{name}: the picture changed")
-        for key in ("caption", "repeats"):
-            if old[name][key] != new[name][key]:
-                changes.append(f"{name}: {key} {old[name][key]!r} -> {new[name][key]!r}")
+        if old[name].get("mask") != new[name]["mask"]:
+            changes.append(f"{name}: its mask changed")
+        for key in ("caption", "repeats", "weight"):
+            # Runs from before there were weights had none.
+            before = old[name].get(key, 1.0) if key == "weight" else old[name][key]
+            if before != new[name][key]:
+                changes.append(f"{name}: {key} {before!r} -> {new[name][key]!r}")
     return [Change(what, "changes the run") for what in changes]
 
 

@@ -46,6 +46,7 @@ from sdlora.optimizers import (
 from sdlora.passes import ForwardPass, StepNumbers, StepRead, read_steps
 from sdlora.precision import Precision
 from sdlora.prepare import TrainingSet
+from sdlora.prior import base_alone
 from sdlora.processes import ALONE, Processes
 from sdlora.randomness import counter_seed
 from sdlora.run_dir import RunDir
@@ -69,8 +70,9 @@ class Trainer:
     never changed. `draw_previews`, called after a save with the step, returns the pictures it drew. With a `checkpoint`
     the run goes on after its step, as if it had never stopped; `facts` are put into every checkpoint written. With a
     `validation_set` the loss on it, always with the same noise, is measured before the first step and at every save,
-    and the adapter of the save where it was lowest becomes the result. Several `processes` share the steps of one run:
-    each has a trainer of the same arguments, the first one saves, validates and draws.
+    and the adapter of the save where it was lowest becomes the result. The images of a `prior_set` are learnt beside
+    the others, as many in each step, in an order of their own. Several `processes` share the steps of one run: each has
+    a trainer of the same arguments, the first one saves, validates and draws.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Trainer:
         precision: Precision,
         draw_previews: Callable[[int], list[Path]] | None = None,
         validation_set: TrainingSet | None = None,
+        prior_set: TrainingSet | None = None,
         checkpoint: Checkpoint | None = None,
         facts: Mapping[str, Any] | None = None,
         processes: Processes = ALONE,
@@ -98,17 +101,15 @@ class Trainer:
             raise ModelError(f"{components.source} predicts {components.prediction_type!r}, which is not supported.")
         self._config, self._components, self._training_set = config, components, training_set
         self._run_dir, self._precision, self._draw_previews = run_dir, precision, draw_previews
-        self._validation_set, self._processes = validation_set, processes
+        self._validation_set, self._prior_set, self._processes = validation_set, prior_set, processes
         self._examples_per_step = _examples_per_step(config, checkpoint, processes)
         self._unet, self._device = components.unet, components.unet.device
         self._prediction_type = to_prediction_type(components.prediction_type)
         self._alphas_cumprod: Tensor = components.noise_scheduler.alphas_cumprod.to(self._device, torch.float32)
         self._entries = training_set.entries
-        self._order = ExposureOrder(
-            [training_set.examples[index].target_hw for index in self._entries],
-            group_size=self._examples_per_step,
-            seed=config.train.seed,
-        )
+        self._order = self._order_of(training_set, config.train.seed)
+        self._prior_seed = counter_seed(config.train.seed, "prior")
+        self._prior_order = self._order_of(prior_set, self._prior_seed) if prior_set is not None else None
         self.plan: LengthPlan = plan_length(len(self._entries), config, examples_per_step=self._examples_per_step)
         self.finished: RunFinished | None = None
         self._facts = {**(facts or {}), "num_steps": self.plan.steps}
@@ -182,6 +183,10 @@ class Trainer:
     def _is_done(self) -> bool:
         return self.state.step >= self.plan.steps or self.state.converged
 
+    def _order_of(self, images: TrainingSet, seed: int) -> ExposureOrder:
+        sizes = [images.examples[index].target_hw for index in images.entries]
+        return ExposureOrder(sizes, group_size=self._examples_per_step, seed=seed)
+
     def _steps(self) -> Iterator[Event]:
         self._rehearse()
         if self.state.step == 0:
@@ -237,6 +242,7 @@ class Trainer:
         passes = [
             self._pass(number, batch) for number, batch in enumerate(self._batches(self._processes.part(exposures)))
         ]
+        passes += [self._prior_pass(number, batch) for number, batch in enumerate(self._prior_batches(first))]
         shared = self._exchange(passes)
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
@@ -254,7 +260,19 @@ class Trainer:
         losses = self._losses(batch, dropout_counters=counters)
         share = losses.sum() / self._examples_per_step
         torch.autograd.backward(self._scaler.scale(share) if self._scaler else share)
+        if batch.prior is not None:
+            self._keep(self._drift(batch.prior, dropout_counters=self._prior_counters(number)))
         return ForwardPass(losses.detach(), share.detach(), batch.names, batch.timesteps)
+
+    def _prior_pass(self, number: int, batch: Batch) -> ForwardPass:
+        """The same for images that are learnt besides; their loss is looked at, but not told."""
+        losses = self._losses(batch, dropout_counters=self._prior_counters(number))
+        self._keep(losses)
+        return ForwardPass(losses.detach(), torch.zeros((), device=self._device), batch.names, batch.timesteps)
+
+    def _prior_counters(self, number: int) -> tuple[int, int]:
+        """Those of dropout; other passes have none below 0."""
+        return self.state.step, -1 - number - _COUNTERS_APART * self._processes.rank
 
     def _exchange(self, passes: Sequence[ForwardPass]) -> Tensor | None:
         """Adds up gradients over the processes; the sums of loss, stop requests and losses that are not finite."""
@@ -288,23 +306,66 @@ class Trainer:
             **({} if fixed else {"objective": self._config.objective}),
         )
 
+    def _prior_batches(self, first: int) -> Iterator[Batch]:
+        """Of the images that are learnt besides, for the exposures of one step from `first` on."""
+        if self._prior_set is None or self._prior_order is None:
+            return
+        entries, numbers = self._prior_set.entries, range(first, first + self._examples_per_step)
+        exposures = [(number, entries[self._prior_order.entry(number)]) for number in numbers]
+        yield from self._batches(self._processes.part(exposures), self._prior_set, seed=self._prior_seed)
+
+    def _drift(self, prior: Batch, *, dropout_counters: tuple[int, int]) -> Tensor:
+        """How far the adapter moves the answers from those of the base alone, as a weighted loss of each example."""
+        target = self._predict_as_base(prior)
+        with self._seeded_dropout(dropout_counters):
+            model_pred = self._predict(prior)
+        return self._weighted(model_pred, target, prior)
+
+    def _keep(self, losses: Tensor) -> None:
+        """Adds the gradient of what is kept of the base to that of the step."""
+        share = self._config.prior.weight * losses.sum() / self._examples_per_step
+        torch.autograd.backward(self._scaler.scale(share) if self._scaler else share)
+
     def _losses(self, batch: Batch, *, dropout_counters: tuple[int, int]) -> Tensor:
         """The weighted loss of each example, fp32 [b]."""
-        if self._rank_mask is not None:
-            self._rank_mask.timesteps = batch.timesteps
-        noisy_latents = add_noise(batch.latents, batch.input_noise, self._alphas_cumprod, batch.timesteps)
-        with self._seeded_dropout(dropout_counters), self._precision.autocast():
-            embeds, added_cond_kwargs = self._conditions(batch)
-            model_pred = self._unet(
-                noisy_latents, batch.timesteps, embeds.encoder_hidden_states, added_cond_kwargs=added_cond_kwargs
-            ).sample
+        with self._seeded_dropout(dropout_counters):
+            model_pred = self._predict(batch)
         target = prediction_target(
             self._prediction_type, batch.latents, batch.noise, self._alphas_cumprod, batch.timesteps
         )
+        return self._weighted(model_pred, target, batch)
+
+    def _predict(self, batch: Batch) -> Tensor:
+        """The answers with the adapter."""
+        if self._rank_mask is not None:
+            self._rank_mask.timesteps = batch.timesteps
+        with self._precision.autocast():
+            return self._answer(batch, *self._conditions(batch))
+
+    def _predict_as_base(self, batch: Batch) -> Tensor:
+        """The answers without it, without gradient, to the captions as the encoders read them before it."""
+        with base_alone(self._unet), torch.no_grad(), self._precision.autocast():
+            return self._answer(batch, batch.embeds, batch.added_cond_kwargs)
+
+    def _answer(self, batch: Batch, embeds: PromptEmbeds, added_cond_kwargs: dict[str, Tensor] | None) -> Tensor:
+        noisy_latents = add_noise(batch.latents, batch.input_noise, self._alphas_cumprod, batch.timesteps)
+        predicted: Tensor = self._unet(
+            noisy_latents, batch.timesteps, embeds.encoder_hidden_states, added_cond_kwargs=added_cond_kwargs
+        ).sample
+        return predicted
+
+    def _weighted(self, model_pred: Tensor, target: Tensor, batch: Batch) -> Tensor:
         snr = signal_to_noise(self._alphas_cumprod, batch.timesteps)
         objective = self._config.objective
         weights = loss_weights(objective.weighting, self._prediction_type, snr, self._config.train.snr_gamma)
-        return diffusion_loss(model_pred, target, weights, kind=objective.loss, delta=objective.huber_delta)
+        return diffusion_loss(
+            model_pred,
+            target,
+            weights * batch.weights,
+            kind=objective.loss,
+            delta=objective.huber_delta,
+            mask=batch.loss_mask,
+        )
 
     def _build_rank_mask(self) -> RankMask | None:
         min_rank = self._config.lora.timestep_min_rank

@@ -23,7 +23,10 @@ from sdlora import __version__
 from sdlora.cache import DiskCache, cache_folder
 from sdlora.checkpoint import KEPT, Checkpoint, read_latest_checkpoint, sweep_leftovers
 from sdlora.config import TrainConfig, load_config, to_toml
-from sdlora.data.dataset import ImageDataset, scan_dataset
+from sdlora.data.captions import CaptionRules
+from sdlora.data.dataset import ImageDataset, scan_configured, scan_dataset
+from sdlora.data.held_out import split_held_out
+from sdlora.data.names import list_names, shown_name
 from sdlora.errors import CheckpointError, ConfigError, DatasetError, ModelError, Problem, TrainingError
 from sdlora.events import Event, Observer, RunFinished, from_json
 from sdlora.families import Components, load_components, resolve_base, weights_fingerprint
@@ -35,7 +38,7 @@ from sdlora.preview import PreviewDrawer
 from sdlora.processes import Processes, current_processes, training_device
 from sdlora.progress import JsonlWriter
 from sdlora.ranking import RankedSave, rank_saves, read_events, write_ranking
-from sdlora.resume import config_changes, dataset_changes, dataset_record, require_allowed
+from sdlora.resume import config_changes, dataset_changes, dataset_record, own_pictures, require_allowed
 from sdlora.run_dir import RunDir, create_run_dir, write_text_atomic
 from sdlora.trackers import require_tracker, tracker_for
 from sdlora.trainer import Trainer
@@ -72,14 +75,14 @@ def train_adapter(
     """
     processes = current_processes()
     say, observers = (say, observers) if processes.is_main else (_silently, ())
-    dataset = dataset or _scan(config, say)
-    parts = _Parts.build(config, dataset, components, say)
+    dataset, prior = dataset or _scan(config, say), _scan_prior(config)
+    parts = _Parts.build(config, dataset, prior, components, say)
     run_dir = create_run_dir(config.output.dir, config.run_name) if processes.is_main else None
     run_dir = processes.from_main(run_dir)
     assert run_dir is not None
     with _locked(run_dir, processes):
         if processes.is_main:
-            _record(run_dir, config, dataset_record(dataset))
+            _record(run_dir, config, dataset_record(dataset, prior))
         return _train(parts, run_dir, processes, checkpoint=None, observers=observers, say=say)
 
 
@@ -114,9 +117,9 @@ def resume_run(
             sweep_leftovers(run_dir.state_dir)
         processes.wait()
         checkpoint = read_latest_checkpoint(run_dir.state_dir, say=say)
-        dataset = _scan(config, say)
+        dataset, prior = _scan(config, say), _scan_prior(config)
         known = json.loads(run_dir.dataset_path.read_text(encoding="utf-8"))
-        changes = config_changes(begun, config) + dataset_changes(known, record := dataset_record(dataset))
+        changes = config_changes(begun, config) + dataset_changes(known, record := dataset_record(dataset, prior))
         require_allowed(root, changes, allow_change=allow_change)
         trainer_facts = checkpoint.facts["trainer"]
         # States of before `examples_per_step` was kept are of one process.
@@ -126,7 +129,7 @@ def resume_run(
             say(f"{root} is finished: {checkpoint.step} steps. Its adapter is {run_dir.adapter_path}.")
             return run_dir.adapter_path
         _tell_other_versions(checkpoint, say)
-        parts = _Parts.build(config, dataset, components, say)
+        parts = _Parts.build(config, dataset, prior, components, say)
         begun_on = [checkpoint.facts["base"], *checkpoint.facts.get("text_encoders", ())]
         same_precision = config.model.precision == begun.model.precision
         if [parts.base_fingerprint, *parts.text_fingerprints] != begun_on and same_precision:
@@ -165,7 +168,7 @@ def rank_run(root: Path) -> list[RankedSave]:
         raise CheckpointError(f"{root} is not the folder of a run: it holds no config.toml.")
     config = load_config(root / "config.toml")
     run_dir = RunDir(root, config.run_name)
-    names = json.loads(run_dir.dataset_path.read_text(encoding="utf-8"))
+    names = own_pictures(json.loads(run_dir.dataset_path.read_text(encoding="utf-8")))
     pictures = [config.data.path / name for name in names]
     ranked = rank_saves(read_events(run_dir), pictures, background=config.data.background_rgb)
     write_ranking(run_dir, ranked)
@@ -181,6 +184,7 @@ class _Parts:
     """Without encoders, whose memory is free from here on unless somebody else holds them."""
     training_set: TrainingSet
     validation_set: TrainingSet | None
+    prior_set: TrainingSet | None
     precision: Precision
     base_fingerprint: str
     text_fingerprints: list[str]
@@ -191,7 +195,13 @@ class _Parts:
     drawer: PreviewDrawer | None
 
     @staticmethod
-    def build(config: TrainConfig, dataset: ImageDataset, components: Components | None, say: Say) -> _Parts:
+    def build(
+        config: TrainConfig,
+        dataset: ImageDataset,
+        prior: ImageDataset | None,
+        components: Components | None,
+        say: Say,
+    ) -> _Parts:
         device = components.unet.device if components is not None else training_device()
         require_attention(config.model.attention, device)
         require_tracker(config.output.tracker)
@@ -209,9 +219,10 @@ class _Parts:
             step=components.size_step,
         ):
             cache = _open_cache(config)
-            training_set = _prepare(config, components, dataset, cache)
-            held_out = _scan_held_out(config)
-            validation_set = _prepare(config, components, held_out, cache) if held_out is not None else None
+            trained_on, held_out = _split(config, dataset, say)
+            training_set = _prepare(config, components, trained_on, cache)
+            validation_set = _prepare_steady(config, components, held_out, CaptionRules.of(config.data).steady(), cache)
+            prior_set = _prepare_steady(config, components, prior, CaptionRules(), cache)
         for note in cache.notes() if cache is not None else []:
             say(note)
         adapts_text = config.lora.text_encoder
@@ -220,6 +231,7 @@ class _Parts:
             components=components.without_encoders(keep_text=adapts_text),
             training_set=training_set,
             validation_set=validation_set,
+            prior_set=prior_set,
             precision=precision,
             base_fingerprint=weights_fingerprint(components.unet),
             text_fingerprints=[weights_fingerprint(encoder) for encoder in components.text_encoders if adapts_text],
@@ -251,6 +263,7 @@ def _train(
         precision=parts.precision,
         draw_previews=parts.drawer.into(run_dir) if parts.drawer is not None else None,
         validation_set=parts.validation_set,
+        prior_set=parts.prior_set,
         checkpoint=checkpoint,
         facts={
             "base": parts.base_fingerprint,
@@ -396,25 +409,49 @@ def _stopping_on_interrupt(trainer: Trainer) -> Iterator[None]:
 
 
 def _scan(config: TrainConfig, say: Say) -> ImageDataset:
-    data = config.data
-    dataset = scan_dataset(data.path, trigger=data.trigger, background=data.background_rgb)
+    dataset = scan_configured(config.data)
     for warning in dataset.warnings:
         say(f"Note: {warning}")
     return dataset
 
 
-def _scan_held_out(config: TrainConfig) -> ImageDataset | None:
+def _scan_prior(config: TrainConfig) -> ImageDataset | None:
     """
     Raises:
+        ConfigError: what is to be kept of the base is just what is learnt.
         DatasetError: the folder cannot be used, or is the one that is trained on.
+    """
+    prior, data = config.prior, config.data
+    if prior.weight and not (prior.prompts or prior.path or data.trigger):
+        what = "without a trigger, what the base draws is what the pictures are to change."
+        problem = Problem("prior.weight", what, "Give data.trigger, or prior.prompts or prior.path.")
+        raise ConfigError("the settings", [problem])
+    if prior.path is None:
+        return None
+    if prior.path.resolve() == data.path.resolve():
+        raise DatasetError(
+            prior.path, [Problem("prior.path", "these are the pictures that are trained on.", "Give others.")]
+        )
+    return scan_dataset(prior.path, background=data.background_rgb)
+
+
+def _split(config: TrainConfig, dataset: ImageDataset, say: Say) -> tuple[ImageDataset, ImageDataset | None]:
+    """What is trained on, and what is held out: a folder of its own or some of the pictures.
+
+    Raises:
+        DatasetError: the folder cannot be used or is the one that is trained on, or no picture would be left.
     """
     path = config.validation.path
     if path is None:
-        return None
+        trained_on, held_out = split_held_out(dataset, share=config.validation.share, count=config.validation.count)
+        if held_out is not None:
+            names = list_names(shown_name(example.path, dataset.root) for example in held_out.examples)
+            say(f"Held out are {len(held_out.examples)} of {len(dataset.examples)} pictures: {names}.")
+        return trained_on, held_out
     if path.resolve() == config.data.path.resolve():
         problem = Problem("validation.path", "these are the pictures that are trained on.", "Hold out others.")
         raise DatasetError(path, [problem])
-    return scan_dataset(path, trigger=config.data.trigger, background=config.data.background_rgb)
+    return dataset, scan_dataset(path, trigger=config.data.trigger, background=config.data.background_rgb)
 
 
 def require_attention(attention: str, device: torch.device) -> None:
@@ -447,15 +484,45 @@ def _open_cache(config: TrainConfig) -> DiskCache | None:
 
 
 def _prepare(
-    config: TrainConfig, components: Components, dataset: ImageDataset, cache: DiskCache | None
+    config: TrainConfig,
+    components: Components,
+    dataset: ImageDataset,
+    cache: DiskCache | None,
 ) -> TrainingSet:
+    keeps_answers = config.prior.weight and not config.prior.path
     return prepare_training_set(
         components,
         dataset.examples,
         resolution=config.data.resolution,
-        trigger=config.data.trigger,
+        captions=CaptionRules.of(config.data),
         background=config.data.background_rgb,
         flip=config.data.flip,
+        crop_variants=config.data.crop_variants,
+        mask_outside=config.data.mask_outside,
+        prior_prompts=config.prior.prompts if keeps_answers else None,
+        seed=config.train.seed,
+        cache=cache,
+    )
+
+
+def _prepare_steady(
+    config: TrainConfig,
+    components: Components,
+    dataset: ImageDataset | None,
+    captions: CaptionRules,
+    cache: DiskCache | None,
+) -> TrainingSet | None:
+    """One cut-out and one caption of each picture, if there are any: those held out, or those learnt besides."""
+    if dataset is None:
+        return None
+    return prepare_training_set(
+        components,
+        dataset.examples,
+        resolution=config.data.resolution,
+        captions=captions,
+        background=config.data.background_rgb,
+        flip=config.data.flip,
+        mask_outside=config.data.mask_outside,
         cache=cache,
     )
 

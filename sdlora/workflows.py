@@ -18,7 +18,7 @@ from sdlora.adapter_tools import find_by_tensor_hash
 from sdlora.adapter_weight import AdapterWeight, Weight, as_weight, simplest
 from sdlora.calibration import recommended_weight
 from sdlora.config import DEFAULT_BASE, TrainConfig, load_config
-from sdlora.data.captions import compose_caption
+from sdlora.data.captions import CaptionRules
 from sdlora.data.dataset import ImageDataset
 from sdlora.data.decode import decode_image
 from sdlora.emphasis import escape_brackets
@@ -28,6 +28,7 @@ from sdlora.generation.files import preview_files, share_out
 from sdlora.picture_file import Recipe, read_recipe, save_picture
 from sdlora.progress import terminal_progress
 from sdlora.request import GenerationRequest
+from sdlora.resume import own_pictures
 from sdlora.run_dir import RunDir
 from sdlora.sheet import write_page, write_sheet
 from sdlora.side_by_side import draw_side_by_side
@@ -334,7 +335,8 @@ def _prompts_of_run(run_dir: RunDir, config: TrainConfig) -> tuple[str, ...]:
     if not run_dir.dataset_path.is_file():
         return ()
     record = json.loads(run_dir.dataset_path.read_text(encoding="utf-8"))
-    captions = [escape_brackets(compose_caption(entry["caption"], config.data.trigger)) for entry in record.values()]
+    rules = CaptionRules.of(config.data)
+    captions = [escape_brackets(rules.compose(entry["caption"])) for entry in own_pictures(record).values()]
     different = list(dict.fromkeys(captions))
     return tuple(different[:: max(1, len(different) // _RUN_PROMPTS)][:_RUN_PROMPTS])
 

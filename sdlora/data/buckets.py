@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-__all__ = ["CropPlan", "bucket_step", "make_buckets", "plan_crop"]
+__all__ = ["CropPlan", "bucket_step", "make_buckets", "plan_closer_crop", "plan_crop"]
 
 _MIN_AREA = Fraction(3, 4)
+_CLOSEST = 1.25
 _USUAL_STEP = 64
 
 
@@ -63,6 +64,18 @@ def plan_crop(size_hw: tuple[int, int], buckets: Sequence[tuple[int, int]]) -> C
     resized_hw = _covering_size(size_hw, bucket_hw)
     top_left = ((resized_hw[0] - bucket_hw[0]) // 2, (resized_hw[1] - bucket_hw[1]) // 2)
     return CropPlan(bucket_hw=bucket_hw, resized_hw=resized_hw, crop_top_left_yx=top_left)
+
+
+def plan_closer_crop(whole: CropPlan, size_hw: tuple[int, int], *, zoom: float, down: float, across: float) -> CropPlan:
+    """Another cut-out of the same bucket from a picture of `size_hw`: from closer by, up to 1.25 times but never beyond
+    the picture's own pixels, and anywhere. `zoom`, `down` and `across` are in [0, 1); `whole` is from `plan_crop`.
+    """
+    (height, width), (rows, columns) = whole.resized_hw, whole.bucket_hw
+    closest = max(1.0, min(_CLOSEST, size_hw[0] / height, size_hw[1] / width))
+    factor = 1 + zoom * (closest - 1)
+    resized_hw = (round(height * factor), round(width * factor))
+    top_left = (int(down * (resized_hw[0] - rows + 1)), int(across * (resized_hw[1] - columns + 1)))
+    return CropPlan(bucket_hw=whole.bucket_hw, resized_hw=resized_hw, crop_top_left_yx=top_left)
 
 
 def _kept_share(size_hw: tuple[int, int], bucket_hw: tuple[int, int]) -> Fraction:

@@ -1,4 +1,4 @@
-"""Caption text: bytes to words, and the trigger phrase.
+"""Caption text: bytes to words, the trigger phrase, and what an image's caption may look like from time to time.
 
 A caption may be missing (None) or empty (""): the first was forgotten, the second was written down.
 """
@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sdlora.config import DataConfig
 from sdlora.data.names import shown_name
 from sdlora.errors import DatasetError, Problem
 
-__all__ = ["compose_caption", "decode_text", "one_line", "read_caption", "read_text"]
+__all__ = ["CaptionRules", "compose_caption", "decode_text", "one_line", "read_caption", "read_text"]
 
 _MAX_CAPTION_BYTES = 64 * 1024
 
@@ -74,20 +77,94 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def compose_caption(caption: str | None, trigger: str | None) -> str:
-    """The words to train with: "fox" and "blob emoji style" give "fox, blob emoji style".
+def compose_caption(caption: str | None, trigger: str | None, *, prefix: str = "", suffix: str = "") -> str:
+    """The words to train with: "fox" and "blob emoji style" give "fox, blob emoji style"; then `prefix` stands before
+    that and `suffix` after it.
 
-    A caption without words, missing or empty, gives the trigger alone; a caption that has the trigger already
-    stays as it is. Raises `ValueError` if both are missing; an empty caption without a trigger is legal.
+    A caption without words, missing or empty, gives the trigger alone; one that has the trigger already, be it by its
+    prefix or suffix, gets no other. Raises `ValueError` if both are missing; an empty caption without a trigger is
+    legal.
     """
-    trigger = one_line(trigger or "")
+    trigger, prefix, suffix = one_line(trigger or ""), one_line(prefix), one_line(suffix)
     if caption is None and not trigger:
         raise ValueError("an image without a caption needs a trigger")
     words = one_line(caption or "")
-    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", words, re.IGNORECASE):
+    if trigger and not _phrase(trigger).search(_joined(prefix, words, suffix)):
+        words = words.rstrip(" ,;.")
+        words = f"{words}, {trigger}" if words else trigger
+    return _joined(prefix, words, suffix)
+
+
+@dataclass(frozen=True)
+class CaptionRules:
+    """How the words to train with are made of an image's caption.
+
+    A caption is taken as tags with commas between them where `shuffle_tags` or `tag_dropout` is set: then an image has
+    `variants` captions, in which the first `keep_tags` tags, trigger, prefix and suffix always stand where they are.
+    """
+
+    trigger: str | None = None
+    prefix: str = ""
+    suffix: str = ""
+    shuffle_tags: bool = False
+    keep_tags: int = 0
+    tag_dropout: float = 0.0
+    variants: int = 1
+
+    @staticmethod
+    def of(settings: DataConfig) -> CaptionRules:
+        """Those of a run."""
+        return CaptionRules(
+            trigger=settings.trigger,
+            prefix=settings.caption_prefix,
+            suffix=settings.caption_suffix,
+            shuffle_tags=settings.shuffle_tags,
+            keep_tags=settings.keep_tags,
+            tag_dropout=settings.tag_dropout,
+            variants=settings.caption_variants,
+        )
+
+    def steady(self) -> CaptionRules:
+        """The same without chance."""
+        return replace(self, shuffle_tags=False, tag_dropout=0.0, variants=1)
+
+    def compose(self, caption: str | None) -> str:
+        """The whole caption; raises `ValueError` as `compose_caption` does."""
+        return compose_caption(caption, self.trigger, prefix=self.prefix, suffix=self.suffix)
+
+    def compose_without_trigger(self, caption: str | None) -> str:
+        """The caption as it would be in no particular style; "" if nothing is left."""
+        words = _joined(one_line(self.prefix), one_line(caption or ""), one_line(self.suffix))
+        if self.trigger:
+            words = _phrase(one_line(self.trigger)).sub("", words)
+            words = re.sub(r"\s*,[\s,]*", ", ", one_line(words)).strip(" ,;")
         return words
-    words = words.rstrip(" ,;.")
-    return f"{words}, {trigger}" if words else trigger
+
+    def variations(self, caption: str | None, draw: Callable[[str, int, int], float]) -> tuple[str, ...]:
+        """All captions of an image, of which each exposure reads one. `draw` gives a number in [0, 1) for a purpose, a
+        variant and a tag."""
+        if not (self.shuffle_tags or self.tag_dropout):
+            return (self.compose(caption),)
+        return tuple(self.compose(self._varied(caption, draw, variant)) for variant in range(self.variants))
+
+    def _varied(self, caption: str | None, draw: Callable[[str, int, int], float], variant: int) -> str | None:
+        if caption is None:
+            return None
+        tags = [tag for part in caption.split(",") if (tag := part.strip())]
+        places = [n for n in range(self.keep_tags, len(tags)) if draw("tag-dropout", variant, n) >= self.tag_dropout]
+        if self.shuffle_tags:
+            places.sort(key=lambda n: draw("tag-order", variant, n))
+        return ", ".join([*tags[: self.keep_tags], *(tags[n] for n in places)])
+
+
+def _phrase(words: str) -> re.Pattern[str]:
+    """Finds the words where they stand by themselves, in any case."""
+    return re.compile(rf"(?<!\w){re.escape(words)}(?!\w)", re.IGNORECASE)
+
+
+def _joined(prefix: str, words: str, suffix: str) -> str:
+    text = f"{prefix} {words}".strip()
+    return f"{text}{suffix}" if suffix.startswith((",", ".", ";")) else f"{text} {suffix}".strip()
 
 
 def _error(path: Path, what: str, remedy: str) -> DatasetError:

@@ -13,7 +13,7 @@ from enum import StrEnum
 import numpy as np
 from PIL import Image, ImageCms
 
-__all__ = ["ColourNote", "UnsupportedModeError", "to_srgb"]
+__all__ = ["ColourNote", "UnsupportedModeError", "opacity", "to_srgb"]
 
 _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC = 258, 262
 _TIFF_WHITE_IS_ZERO = 0
@@ -52,6 +52,14 @@ def to_srgb(image: Image.Image, *, background: tuple[int, int, int]) -> tuple[Im
         notes.append(ColourNote.TRANSPARENT)
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, background), layers.alpha)
     return rgb, tuple(notes)
+
+
+def opacity(image: Image.Image) -> Image.Image:
+    """How opaque each pixel of `image` (loaded) is, mode L: 255 where nothing shines through.
+
+    Raises `UnsupportedModeError` as `to_srgb` does.
+    """
+    return _split(image).alpha or Image.new("L", image.size, 255)
 
 
 def _split(image: Image.Image) -> _Layers:

@@ -10,17 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdlora.config import DataConfig
 from sdlora.data.buckets import make_buckets, plan_crop
 from sdlora.data.captions import compose_caption
 from sdlora.data.decode import MAX_PIXELS, SUFFIXES
 from sdlora.data.folder import FolderListing, list_folder
-from sdlora.data.inspection import inspect_images
+from sdlora.data.inspection import Inspection, inspect_images
+from sdlora.data.masks import OWN_TRANSPARENCY, MaskPairing, pair_masks
 from sdlora.data.names import counted, list_names, shown_name
 from sdlora.data.pairing import Pairing, pair_captions
 from sdlora.data.similar import group_same_captions
 from sdlora.errors import DatasetError, Problem
 
-__all__ = ["ImageCaption", "ImageDataset", "compose_caption", "enlarged_images", "scan_dataset"]
+__all__ = ["ImageCaption", "ImageDataset", "compose_caption", "enlarged_images", "scan_configured", "scan_dataset"]
 
 _LAYOUTS = "images with .txt captions beside them, metadata.jsonl or metadata.csv, or kohya N_name folders"
 
@@ -30,13 +32,16 @@ class ImageCaption:
     """One picture of the dataset.
 
     `caption` is None if there is none, which only a trigger allows, and "" if it is empty. `size_hw` is in pixels after
-    EXIF rotation. `repeats` is how often the picture counts.
+    EXIF rotation. `repeats` is how often the picture is shown in an epoch, `weight` how much an exposure counts. `mask`
+    is the file that says which parts are learnt: the picture's own where its transparency does, None where all are.
     """
 
     path: Path
     caption: str | None
     size_hw: tuple[int, int]
     repeats: int = 1
+    weight: float = 1.0
+    mask: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ def scan_dataset(
     background: tuple[int, int, int] = (255, 255, 255),
     max_pixels: int = MAX_PIXELS,
     decode: bool = True,
+    masks: str | None = None,
 ) -> ImageDataset:
     """Find, read and check every picture and caption below `root`.
 
@@ -63,13 +69,20 @@ def scan_dataset(
     repeats its pictures N times. Folders named heldout, test, val, reg and the like are left out, which `layout` says.
     `trigger` makes captions optional; it is not put into them (`compose_caption` does that). `background` (sRGB, 0-255)
     is what transparent parts are laid on. `decode` False judges pictures by their headers only and compares none.
+    `masks` is the folder with the pictures' masks, or "alpha" for their transparency.
     Raises `DatasetError` with all problems of the folder.
     """
     _require_folder(root)
-    listing = list_folder(root)
+    mask_folder = Path(masks) if masks is not None and masks != OWN_TRANSPARENCY else None
+    listing = list_folder(root, leave_out=mask_folder)
     pairing = pair_captions(listing)
     inspection = inspect_images(listing, background=background, max_pixels=max_pixels, decode=decode)
-    problems = listing.problems + pairing.problems + inspection.problems
+    masking = MaskPairing()
+    if mask_folder is not None:
+        masking = pair_masks(listing, mask_folder, inspection.sizes_hw, max_pixels=max_pixels, decode=decode)
+    elif masks is not None:
+        masking = _own_masks(listing, inspection, decode=decode)
+    problems = listing.problems + pairing.problems + inspection.problems + masking.problems
     if not (trigger and trigger.strip()):
         problems += _missing_captions(listing, pairing)
     if not listing.images and not problems:
@@ -77,11 +90,26 @@ def scan_dataset(
     if problems:
         raise DatasetError(shown_name(root), sorted(problems, key=lambda p: (p.where != shown_name(root), p.where)))
     examples = tuple(
-        ImageCaption(image.path, pairing.captions.get(image.path), inspection.sizes_hw[image.path], image.repeats)
+        ImageCaption(
+            image.path,
+            pairing.captions.get(image.path),
+            inspection.sizes_hw[image.path],
+            image.repeats,
+            weight=pairing.weights.get(image.path, 1.0),
+            mask=masking.masks.get(image.path),
+        )
         for image in listing.images
     )
-    warnings = (*listing.warnings, *pairing.warnings, *inspection.warnings, *_caption_warnings(examples, root))
+    warnings = (*listing.warnings, *pairing.warnings, *inspection.warnings, *masking.warnings)
+    warnings += tuple(_caption_warnings(examples, root))
     return ImageDataset(root, _layout(listing, pairing), examples, warnings)
+
+
+def scan_configured(settings: DataConfig) -> ImageDataset:
+    """`scan_dataset` as the settings of a run want it."""
+    return scan_dataset(
+        settings.path, trigger=settings.trigger, background=settings.background_rgb, masks=settings.masks
+    )
 
 
 def enlarged_images(dataset: ImageDataset, *, resolution: int) -> tuple[Problem, ...]:
@@ -112,6 +140,14 @@ def _require_folder(root: Path) -> None:
     except OSError as error:
         what, remedy = f"cannot be opened: {error.strerror}.", "Check its name and its permissions."
     raise DatasetError(shown_name(root), [Problem(shown_name(root), what, remedy)])
+
+
+def _own_masks(listing: FolderListing, inspection: Inspection, *, decode: bool) -> MaskPairing:
+    if decode and inspection.sizes_hw and not inspection.transparent:
+        what = f'masks are the pictures\' transparency ("{OWN_TRANSPARENCY}"), and none of them has any.'
+        problem = Problem("data.masks", what, "Give the folder with the masks, or leave the setting out.")
+        return MaskPairing(problems=[problem])
+    return MaskPairing(masks={image.path: image.path for image in listing.images})
 
 
 def _no_images(listing: FolderListing) -> Problem:

@@ -17,11 +17,20 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from sdlora.data.colour import ColourNote, UnsupportedModeError, to_srgb
+from sdlora.data.colour import ColourNote, UnsupportedModeError, opacity, to_srgb
 from sdlora.data.names import shown_name
 from sdlora.errors import DatasetError, Problem
 
-__all__ = ["MAX_PIXELS", "SUFFIXES", "DecodedImage", "decode_image", "decode_with_notes", "read_header", "sniff_format"]
+__all__ = [
+    "MAX_PIXELS",
+    "SUFFIXES",
+    "DecodedImage",
+    "decode_alpha",
+    "decode_image",
+    "decode_with_notes",
+    "read_header",
+    "sniff_format",
+]
 
 MAX_PIXELS = 64_000_000
 
@@ -112,15 +121,18 @@ def decode_image(
 
 def decode_with_notes(path: Path, *, background: tuple[int, int, int], max_pixels: int) -> DecodedImage:
     """As `decode_image`, together with the format and the notes."""
-    with _opened(path, max_pixels) as image:
-        image.load()
-        try:
-            rgb, notes = to_srgb(image, background=background)
-        except UnsupportedModeError as error:
-            raise _error(path, f"{error}.", "Save it as 8-bit or 16-bit RGB or grey.") from error
-        method = _UPRIGHT.get(_orientation(image))
-        upright = rgb if method is None else rgb.transpose(method)
-        return DecodedImage(image=upright, format=_format(image), notes=notes)
+    with _loaded(path, max_pixels) as image:
+        rgb, notes = to_srgb(image, background=background)
+        return DecodedImage(image=_upright(rgb, image), format=_format(image), notes=notes)
+
+
+def decode_alpha(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """How opaque each pixel of the picture at `path` is: mode L, upright, white where nothing shines through.
+
+    Raises `DatasetError` as `decode_image` does.
+    """
+    with _loaded(path, max_pixels) as image:
+        return _upright(opacity(image), image)
 
 
 def read_header(path: Path, *, max_pixels: int) -> tuple[str, tuple[int, int]]:
@@ -143,6 +155,23 @@ def sniff_format(path: Path) -> str | None:
     announced = _match(head, _ACCEPTED_MAGIC)
     # "BM" alone may begin any text; the reserved bytes behind the size do not.
     return None if announced == "BMP" and head[6:10] != bytes(4) else announced
+
+
+@contextmanager
+def _loaded(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+    """The picture at `path` with its pixels, as they are stored."""
+    with _opened(path, max_pixels) as image:
+        image.load()
+        try:
+            yield image
+        except UnsupportedModeError as error:
+            raise _error(path, f"{error}.", "Save it as 8-bit or 16-bit RGB or grey.") from error
+
+
+def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
+    """`pixels` turned as the EXIF tag of `image` says."""
+    method = _UPRIGHT.get(_orientation(image))
+    return pixels if method is None else pixels.transpose(method)
 
 
 @contextmanager

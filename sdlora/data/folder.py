@@ -50,6 +50,7 @@ class FolderListing:
     """Everything found below `root`, in the order of names."""
 
     root: Path
+    not_trained_on: Path | None = None
     images: list[FoundImage] = field(default_factory=list)
     caption_files: list[Path] = field(default_factory=list)
     metadata_files: list[Path] = field(default_factory=list)
@@ -71,10 +72,10 @@ class FolderListing:
         self.warnings.append(Problem(self.shown(path), what, remedy))
 
 
-def list_folder(root: Path) -> FolderListing:
-    """Walk `root` and its folders. Left out are hidden files, and folders that are named as not for training:
-    heldout, val, validation, test, eval, reg and their spellings. Faults are collected, not raised."""
-    listing = FolderListing(root)
+def list_folder(root: Path, *, leave_out: Path | None = None) -> FolderListing:
+    """Walk `root` and its folders. Left out are hidden files, the folder `leave_out`, and folders that are named as not
+    for training: heldout, val, validation, test, eval, reg and their spellings. Faults are collected, not raised."""
+    listing = FolderListing(root, not_trained_on=leave_out.resolve() if leave_out is not None else None)
     name = next((n for n in (root.name, root.resolve().name) if _REPEAT_FOLDER.fullmatch(n)), "")
     repeats = _repeats(listing, root, name) or 1
     _visit(listing, root, repeats, visited=set())
@@ -125,7 +126,7 @@ def _visit_entry(listing: FolderListing, path: Path, repeats: int, visited: set[
 
 
 def _visit_folder(listing: FolderListing, path: Path, repeats: int, visited: set[tuple[int, int]]) -> None:
-    if path.name.casefold() in _LEFT_OUT:
+    if path.name.casefold() in _LEFT_OUT or path.resolve() == listing.not_trained_on:
         listing.left_out.append(f"{listing.shown(path)}/")
         return
     before = len(listing.images)

@@ -23,6 +23,7 @@ class Inspection:
     """What the pictures themselves say; one without a size is among the problems."""
 
     sizes_hw: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    transparent: set[Path] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
 
@@ -43,6 +44,8 @@ def inspect_images(
         try:
             if decode:
                 image_format, size_hw = _look(path, shown, findings, background=background, max_pixels=max_pixels)
+                if shown in findings.notes.get(ColourNote.TRANSPARENT, ()):
+                    inspection.transparent.add(path)
             else:
                 image_format, size_hw = read_header(path, max_pixels=max_pixels)
         except DatasetError as error:

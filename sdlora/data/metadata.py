@@ -1,7 +1,8 @@
 """Captions in one table: `metadata.jsonl` or `metadata.csv`, a row for each picture.
 
-A row has `file_name` (relative to the table) and the caption as `text`, `caption` or `prompt`; other columns are left
-alone, as the imagefolder convention of Hugging Face has them.
+A row has `file_name` (relative to the table) and the caption as `text`, `caption` or `prompt`, and may have a `weight`
+that says how much the picture counts; other columns are left alone, as the imagefolder convention of Hugging Face has
+them.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sdlora.data.captions import one_line, read_text
+from sdlora.data.names import shown_name
 from sdlora.errors import DatasetError, Problem
 
 __all__ = ["CAPTION_COLUMNS", "METADATA_NAMES", "MetadataRow", "read_metadata"]
@@ -27,11 +30,13 @@ _COLUMNS_TEXT = "`text`, `caption` or `prompt`"
 
 @dataclass(frozen=True)
 class MetadataRow:
-    """One row: the picture's name as written, its caption (None: the row has none), the line it is on."""
+    """One row: the picture's name as written, its caption (None: the row has none), the line it is on, and how much the
+    picture counts (None: the row does not say)."""
 
     file_name: str
     caption: str | None
     line: int
+    weight: float | None = None
 
 
 class _RowError(Exception):
@@ -113,4 +118,17 @@ def _row(line: int, record: dict[str, object]) -> MetadataRow:
             texts[column] = one_line(value)
     if len(set(texts.values())) > 1:
         raise _RowError(f"{' and '.join(f'`{c}`' for c in texts)} differ.", "Keep one of them.")
-    return MetadataRow(file_name.strip(), next(iter(texts.values()), None), line)
+    return MetadataRow(file_name.strip(), next(iter(texts.values()), None), line, _weight(record.get("weight")))
+
+
+def _weight(value: object) -> float | None:
+    if value is None or value == "":
+        return None
+    try:
+        weight = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        what = f"`weight` is {shown_name(str(value))!r}, which is no number above 0."
+        raise _RowError(what, "1 counts as usual, 2 twice as much; leave it out where nothing is meant.")
+    return weight

@@ -17,12 +17,13 @@ __all__ = ["Pairing", "pair_captions"]
 
 @dataclass
 class Pairing:
-    """What is known of every picture's caption.
+    """What is known of every picture's caption, and of the weights of those that a table gives one.
 
     A picture that is in neither `captions` nor `unreadable` has none.
     """
 
     captions: dict[Path, str] = field(default_factory=dict)
+    weights: dict[Path, float] = field(default_factory=dict)
     unreadable: set[Path] = field(default_factory=set)
     sources: set[str] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
@@ -116,6 +117,15 @@ def _claim_table_rows(listing: FolderListing, pairing: Pairing, claims: dict[Pat
             else:
                 seen[path] = row.line
                 claims[path].append(_Claim(row.caption, where))
+                _claim_weight(pairing, path, row, where)
+
+
+def _claim_weight(pairing: Pairing, path: Path, row: MetadataRow, where: str) -> None:
+    if row.weight is None:
+        return
+    if pairing.weights.setdefault(path, row.weight) != row.weight:
+        what = f"gives {shown_name(row.file_name)} the weight {row.weight:g}, another table {pairing.weights[path]:g}."
+        pairing.problems.append(Problem(where, what, "Keep one of them."))
 
 
 def _path_key(parts: Iterable[str]) -> tuple[str, ...]:

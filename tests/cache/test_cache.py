@@ -62,7 +62,7 @@ def test_a_place_that_cannot_be_written_is_told_once_and_stops_nothing(tmp_path:
         assert cache.read("latents", key) is None
         cache.write("latents", key, b"data")
     (note,) = cache.notes()
-    assert "cannot be written (Not a directory)" in note and "data.cache_dir" in note
+    assert "cannot be written (" in note and "data.cache_dir" in note
 
 
 def test_a_write_that_fails_half_way_leaves_the_entry_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

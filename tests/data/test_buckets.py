@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sdlora.data.buckets import make_buckets, plan_crop
+from sdlora.data.buckets import make_buckets, plan_closer_crop, plan_crop
 
 sides = st.integers(1, 20_000)
 sizes = st.tuples(sides, sides)
@@ -132,3 +132,27 @@ def test_a_wide_picture_is_scaled_to_the_height_of_its_bucket_and_cut_left_and_r
 def test_an_empty_picture_or_no_bucket_is_refused(size_hw: tuple[int, int], buckets: tuple[tuple[int, int]]) -> None:
     with pytest.raises(ValueError, match="cannot crop"):
         plan_crop(size_hw, buckets)
+
+
+chances = st.floats(0, 1, exclude_max=True)
+
+
+@few
+@given(sizes, resolutions, chances, chances, chances)
+def test_a_closer_crop_lies_inside_and_is_enlarged_no_further_than_the_whole(
+    size_hw: tuple[int, int], resolution: int, zoom: float, down: float, across: float
+) -> None:
+    whole = plan_crop(size_hw, make_buckets(resolution))
+    closer = plan_closer_crop(whole, size_hw, zoom=zoom, down=down, across=across)
+    assert closer.bucket_hw == whole.bucket_hw
+    for side in range(2):
+        assert whole.resized_hw[side] <= closer.resized_hw[side] <= max(size_hw[side], whole.resized_hw[side])
+        assert closer.resized_hw[side] <= 1.25 * whole.resized_hw[side] + 0.5
+        assert 0 <= closer.crop_top_left_yx[side] <= closer.resized_hw[side] - closer.bucket_hw[side]
+
+
+def test_closer_crops_reach_both_edges_and_a_quarter_closer() -> None:
+    whole = plan_crop((1000, 1000), make_buckets(512))
+    closest = plan_closer_crop(whole, (1000, 1000), zoom=1 - 1e-9, down=0.0, across=1 - 1e-9)
+    assert (closest.resized_hw, closest.crop_top_left_yx) == ((640, 640), (0, 128))
+    assert plan_closer_crop(whole, (1000, 1000), zoom=0.0, down=0.5, across=0.5) == whole

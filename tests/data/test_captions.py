@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdlora.data.captions import compose_caption, decode_text, read_caption
+from sdlora.data.captions import CaptionRules, compose_caption, decode_text, read_caption
 from sdlora.errors import DatasetError
 
 TEXT = "a grün fox 🦊, “ink”"
@@ -116,3 +117,68 @@ def test_without_caption_and_trigger_there_is_nothing_to_train_with() -> None:
 def test_composing_twice_adds_nothing(caption: str, trigger: str) -> None:
     once = compose_caption(caption, trigger)
     assert compose_caption(once, trigger) == once
+
+
+@pytest.mark.parametrize(
+    ("caption", "rules", "words"),
+    [
+        ("fox", CaptionRules("ink", prefix="a big", suffix=", white ground"), "a big fox, ink, white ground"),
+        ("fox", CaptionRules(None, prefix="a", suffix="on paper"), "a fox on paper"),
+        ("fox", CaptionRules("ink", prefix="Ink of a"), "Ink of a fox"),
+        (None, CaptionRules("ink", prefix="a", suffix="."), "a ink."),
+        ("", CaptionRules(None, suffix="paper"), "paper"),
+        ("fox", CaptionRules("ink"), "fox, ink"),
+    ],
+)
+def test_prefix_and_suffix_stand_around_caption_and_trigger(
+    caption: str | None, rules: CaptionRules, words: str
+) -> None:
+    assert rules.compose(caption) == words
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [("fox, ink style", "fox"), ("an Ink Style fox", "an fox"), ("a, ink style, b", "a, b"), (None, "")],
+)
+def test_a_caption_without_its_trigger(caption: str | None, words: str) -> None:
+    assert CaptionRules("ink style").compose_without_trigger(caption) == words
+    prefixed = CaptionRules("ink style", prefix="ink style of", suffix=", large")
+    assert prefixed.compose_without_trigger(caption) == f"of {words}".strip() + ", large"
+
+
+def pseudo_random(purpose: str, variant: int, tag: int) -> float:
+    return int.from_bytes(hashlib.sha256(f"{purpose} {variant} {tag}".encode()).digest()[:4], "big") / 2**32
+
+
+TAGS = st.lists(st.text("abcdef", min_size=1, max_size=4), min_size=1, max_size=8)
+
+
+@settings(max_examples=50, deadline=None)
+@given(TAGS, st.integers(0, 9), st.booleans(), st.sampled_from((0.0, 0.5, 1.0)))
+def test_varied_captions_keep_their_first_tags_and_lose_or_move_only_others(
+    tags: list[str], keep: int, shuffle: bool, dropout: float
+) -> None:
+    rules = CaptionRules("TRIGGER", shuffle_tags=shuffle, keep_tags=keep, tag_dropout=dropout, variants=5)
+    variants = rules.variations(", ".join(tags), pseudo_random)
+    assert len(variants) == (5 if shuffle or dropout else 1)
+    for variant in variants:
+        found = variant.split(", ")
+        assert found.pop() == "TRIGGER"
+        assert found[: min(keep, len(tags))] == tags[:keep]
+        left = list(tags)
+        for tag in found:
+            left.remove(tag)
+        assert dropout or not left
+        assert shuffle or found == [tag for tag in tags if tag in found][: len(found)] or len(set(tags)) < len(tags)
+        if dropout == 1.0:
+            assert found == tags[:keep]
+
+
+def test_tags_come_in_every_order_and_drop_as_often_as_asked() -> None:
+    shuffled = CaptionRules(shuffle_tags=True, variants=200).variations("a, b, c", pseudo_random)
+    assert set(shuffled) == {"a, b, c", "a, c, b", "b, a, c", "b, c, a", "c, a, b", "c, b, a"}
+    dropped = CaptionRules(tag_dropout=0.25, variants=400).variations("a, b", pseudo_random)
+    lost = sum("a" not in text for text in dropped)
+    assert abs(lost - 100) < 3 * (400 * 0.25 * 0.75) ** 0.5
+    steady = CaptionRules("ink", tag_dropout=0.5, variants=9).steady()
+    assert steady.variations("a, b", pseudo_random) == ("a, b, ink",)

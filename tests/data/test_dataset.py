@@ -570,3 +570,13 @@ def test_a_dataset_is_scanned_without_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_weights_come_from_the_table_and_two_tables_must_agree(tmp_path: Path) -> None:
+    for seed, name in enumerate("ab"):
+        save_drawing(tmp_path / f"{name}.png", seed, f"thing {name}")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "weight": 2.5}\n{"file_name": "b.png"}')
+    assert [example.weight for example in scan_dataset(tmp_path).examples] == [2.5, 1.0]
+    (tmp_path / "metadata.csv").write_text("file_name,text,weight\na.png,thing a,3\n")
+    (problem,) = problems(tmp_path).values()
+    assert "the weight 2.5, another table 3" in problem.what or "the weight 3, another table 2.5" in problem.what

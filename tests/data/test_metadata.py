@@ -85,3 +85,19 @@ def test_a_table_that_is_not_text_is_one_problem_with_the_byte_offset(tmp_path: 
     assert rows == []
     assert problem.where == "metadata.csv"
     assert "at byte 21" in problem.what
+
+
+@pytest.mark.parametrize("value", [2, 0.5, "2", "", None])
+def test_a_row_may_say_how_much_its_picture_counts(value: object, tmp_path: Path) -> None:
+    text = json.dumps({"file_name": "a.png", "text": "a fox", "weight": value})
+    rows, problems = read(tmp_path, "metadata.jsonl", text)
+    assert rows == [MetadataRow("a.png", "a fox", 1, float(value) if value else None)]
+    assert problems == []
+
+
+@pytest.mark.parametrize("value", [0, -1, "heavy", True, "nan", "inf", [2]])
+def test_a_weight_is_a_number_above_0(value: object, tmp_path: Path) -> None:
+    text = json.dumps({"file_name": "a.png", "text": "a fox", "weight": value})
+    rows, (problem,) = read(tmp_path, "metadata.jsonl", text)
+    assert rows == []
+    assert "no number above 0" in problem.what

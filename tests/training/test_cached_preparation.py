@@ -12,7 +12,7 @@ from PIL import Image
 from sdlora.adapter_file import read_adapter
 from sdlora.cache import DiskCache
 from sdlora.data.dataset import scan_dataset
-from sdlora.errors import ConfigError, DatasetError
+from sdlora.errors import ConfigError, DatasetError, NonFiniteError
 from sdlora.families import components_from_pipeline
 from sdlora.prepare import TrainingSet, prepare_training_set
 from sdlora.training import train_adapter
@@ -105,6 +105,16 @@ def test_a_half_precision_vae_that_overflows_gives_the_same_from_the_cache(tmp_p
     assert same(plain, fresh)
     Image.new("RGB", (64, 64), (0, 0, 0)).save(folder / "1.png")
     assert same(plain, prepared(folder, DiskCache(tmp_path / "cache"), loud()))
+
+
+def test_what_is_not_finite_is_named_and_never_kept(tmp_path: Path) -> None:
+    folder, broken = write_pictures(tmp_path / "data", count=1), tiny_sd1()
+    with torch.no_grad():
+        broken.vae.quant_conv.bias.fill_(float("nan"))
+    for _ in range(2):
+        with pytest.raises(NonFiniteError, match=r"0\.png"):
+            prepared(folder, DiskCache(tmp_path / "cache"), broken)
+    assert not list((tmp_path / "cache").glob("latents/*/*"))
 
 
 def test_a_picture_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from sdlora.batches import Batch, micro_batches
 from sdlora.config import ObjectiveConfig
+from sdlora.data.captions import CaptionRules
 from sdlora.data.dataset import scan_dataset
 from sdlora.errors import ConfigError, NonFiniteError
 from sdlora.families import components_from_pipeline
@@ -35,7 +36,7 @@ def test_latents_are_the_vaes_distribution_times_its_factor(tmp_path: Path) -> N
     pixels = torch.from_numpy(gradient_picture(tmp_path / "a.png"))[None]
     dataset = scan_dataset(tmp_path, trigger="ink style")
     prepared = prepare_training_set(
-        components_from_pipeline(pipeline), dataset.examples, trigger="ink style", flip=True
+        components_from_pipeline(pipeline), dataset.examples, captions=CaptionRules("ink style"), flip=True
     )
     (example,) = prepared.examples
     with torch.no_grad():
@@ -52,7 +53,7 @@ def test_each_caption_is_embedded_once_and_the_empty_prompt_comes_first(tmp_path
     folder = write_pictures(tmp_path / "data", count=3)
     (folder / "2.txt").write_text("thing 0", encoding="utf-8")
     components = components_from_pipeline(tiny_sd1())
-    prepared = prepare_training_set(components, scan_dataset(folder).examples, trigger="ink style")
+    prepared = prepare_training_set(components, scan_dataset(folder).examples, captions=CaptionRules("ink style"))
     assert [example.caption_rows for example in prepared.examples] == [(1,), (2,), (1,)]
     reference = components.family.encode_prompts(components, ["", "thing 0, ink style", "thing 1, ink style"])
     torch.testing.assert_close(prepared.captions.encoder_hidden_states, reference.encoder_hidden_states)
