@@ -60,6 +60,24 @@ def test_without_its_adapter_the_unet_is_the_base_to_the_last_bit(tmp_path: Path
     list(trainer.run())
 
 
+def test_the_base_reads_prompts_with_the_encoder_it_had(tmp_path: Path) -> None:
+    components = components_from_pipeline(tiny_sd1())
+    settings: dict[str, Any] = {"components": components, "training_set": kept(components), "prior": {"weight": 1.0}}
+    trainer = make_trainer(tmp_path, lora={"rank": 4, "text_encoder": True}, **settings)
+    with torch.no_grad():
+        for name, parameter in trainer._named.items():
+            if name.startswith("text_encoder"):
+                parameter.add_(0.1)
+    (batch,) = trainer._batches([(0, 0), (1, 1)])
+    assert batch.prior is not None and batch.prior.texts == ("picture 1",) * 2
+    # Only the encoder has moved: what the base answers is known from before, and the adapter's answer is another.
+    with torch.no_grad():
+        expected = trainer._answer(batch.prior, batch.prior.embeds, batch.prior.added_cond_kwargs)
+    assert torch.equal(trainer._predict_as_base(batch.prior), expected)
+    assert (trainer._drift(batch.prior, dropout_counters=(0, 0)) > 0).all()
+    list(trainer.run())
+
+
 def drifts(folder: Path, components: Any, weight: float) -> tuple[list[float], list[float]]:
     """How far the answers have moved after each step of a run, and the losses."""
     trainer = make_trainer(
