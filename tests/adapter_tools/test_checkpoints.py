@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -152,7 +151,7 @@ def test_an_adapter_is_taken_out_of_two_files_again(tmp_path: Path) -> None:
 def test_memory_stays_near_one_tensor(tmp_path: Path) -> None:
     """400 MB beside a small model: the process grows by a tenth of that."""
     base = write_original(tmp_path / "small.safetensors", pipeline_of("sd1"), "sd1")
-    big = {f"ballast.{n}": torch.zeros(2_500_000) for n in range(40)}
+    big = {f"ballast.{n}": torch.arange(2_500_000.0) for n in range(40)}
     save_file({**load_file(base), **big}, tmp_path / "base.safetensors")
     ink = write(tmp_path / "ink.safetensors", random_pairs(pipeline_of("sd1").unet))
     code = (
@@ -165,5 +164,5 @@ def test_memory_stays_near_one_tensor(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, tmp_path / "base.safetensors", ink, base, tmp_path / "baked.safetensors"]
     grown_kb = int(subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout)
     assert grown_kb < 40_000
-    digest = hashlib.sha256((tmp_path / "baked.safetensors").read_bytes()[-100_000_000:]).hexdigest()
-    assert digest == hashlib.sha256((tmp_path / "base.safetensors").read_bytes()[-100_000_000:]).hexdigest()
+    with safe_open(tmp_path / "baked.safetensors", "pt") as baked:
+        assert all(torch.equal(baked.get_tensor(name), tensor) for name, tensor in big.items())
