@@ -83,7 +83,7 @@ def _rest(values: Mapping[str, Any], foreign: Foreign) -> None:
     if values.get("peft_type", "LORA") != "LORA":
         foreign.without["peft_type"] = f"{values['peft_type']}; a plain LoRA stands in"
     if values.get("lora_decompose"):
-        foreign.without["lora_decompose"] = "DoRA"
+        settings["lora.dora"] = True
     if values.get("masked_training"):
         foreign.without["masked_training"] = "masks are settings of the data"
 

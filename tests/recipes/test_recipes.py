@@ -70,6 +70,7 @@ ONETRAINER = {
     "optimizer": {"optimizer": "CAME", "weight_decay": 0.02},
     "text_encoder": {"train": True, "learning_rate": 1e-4},
     "masked_training": True,
+    "lora_decompose": True,
     "concepts": [{"path": "/home/me/art", "image": {"enable_random_flip": True}, "balancing": 2.0}],
 }
 
@@ -144,7 +145,7 @@ def test_a_onetrainer_configuration(tmp_path: Path) -> None:
     assert {"optimizer", "masked_training"} <= set(made.without)
     assert any("200 steps" in note for note in made.notes)
     assert config.lora.text_encoder and config.optimizer.text_encoder_learning_rate == pytest.approx(6.25e-6, rel=1e-2)
-    assert config.train.weight_decay == 0.02
+    assert config.train.weight_decay == 0.02 and config.lora.dora
 
 
 def test_the_header_of_a_file(tmp_path: Path) -> None:
