@@ -400,8 +400,8 @@ class PriorConfig(_Section):
     """Keeps what the base draws without the trigger as it is, while the adapter learns."""
 
     weight: NotNegative = 0.0
-    """How much the base's own answers count beside the pictures. 0.1 to 1 is usual; a step takes about 2.3 times as
-    long. 0: off."""
+    """How much the base's own answers count beside the pictures. 0.1 to 1 is usual; a step then computes each prompt
+    with and without the adapter as well. 0: off."""
 
     prompts: tuple[str, ...] = ()
     """Plain prompts, such as `a fox` or `a house by a lake`, whose answers with the adapter must stay those of the base
