@@ -123,7 +123,9 @@ def test_export_is_the_exact_sum_with_weights_and_blocks_put_in(loras, tmp_path:
         factor = 0.8 if path.startswith("up_blocks") else 0.4 if path.startswith("mid_block") else 0.0
         expected = factor * dense(ink.unet[path]) - 0.3 * dense(blob.unet[path])
         assert (dense(pair) - expected).abs().max() < 1e-6
-        assert pair.alpha == pair.rank == (6 if factor else 3)
+        assert pair.rank == (6 if factor else 3)
+    # Ranks differ, and plain diffusers reads those right only with one alpha in the whole file.
+    assert {pair.alpha for pair in both.unet.values()} == {6}
     assert both.metadata["modelspec.trigger_phrase"] == "ink style, blob style"
 
 

@@ -102,6 +102,7 @@ def drifts(folder: Path, components: Any, weight: float) -> tuple[list[float], l
     return moved, losses
 
 
+@pytest.mark.slow
 def test_the_base_answers_drift_less_where_they_are_kept(tmp_path: Path, components: Any) -> None:
     free, free_losses = drifts(tmp_path / "free", components, 0.0)
     held, held_losses = drifts(tmp_path / "held", components, 10.0)

@@ -124,6 +124,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
         assert torch.allclose(left, right, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_three_processes_share_two_batches_of_two(tmp_path: Path) -> None:
     """Shares that are not even, and sizes that differ."""
     components = components_from_pipeline(tiny_sd1())
