@@ -104,6 +104,7 @@ def test_an_impossible_picture_exits_with_7_and_one_sentence(arguments: list[str
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_pickle_as_lora_exits_with_5_and_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "evil.safetensors").write_bytes(b"\x80\x04cposix\nsystem\n(S'touch run'\ntR.")
     result = run("generate", "a fox", "--base", "tiny", "--lora", "evil.safetensors", cwd=tmp_path)

@@ -47,6 +47,7 @@ def real_pass(pipeline: Any, around: Callable[[Callable[[], Any]], Any], attenti
         return around(lambda: unet(*inputs).sample.square().mean())
 
 
+@pytest.mark.slow
 def test_the_arithmetic_is_that_of_the_real_pass() -> None:
     def counted(forward: Callable[[], Any]) -> int:
         with FlopCounterMode(display=False) as counter:
@@ -87,6 +88,7 @@ def test_weights_and_adapter_are_counted() -> None:
     assert step.adapter_parameters == attach(pipeline).num_parameters
 
 
+@pytest.mark.slow
 def test_more_pictures_take_more_and_checkpointing_trades_memory_for_arithmetic() -> None:
     one, two = (traced(tiny_sd1(), batch_size=size) for size in (1, 2))
     assert 1.6 * one.peak_bytes < two.peak_bytes < 2.1 * one.peak_bytes

@@ -60,7 +60,7 @@ def resumed_as_unbroken(tmp_path: Path, stop: int = 1, **settings: Any) -> bool:
     return len(hashes) == 1
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", SLOW_REST)
 def test_convolutions_are_trained_saved_and_loaded_by_plain_diffusers(tmp_path: Path, name: str) -> None:
     pipeline = TINY[name]()
     base = predict(pipeline)

@@ -55,7 +55,7 @@ def weights(folder: Path) -> str:
     return read_adapter(folder / "ink.safetensors").tensor_sha256
 
 
-@pytest.mark.parametrize("stop", [1, 2, 5])
+@pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.slow), 2, 5])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -205,7 +205,7 @@ def test_a_run_in_a_folder_goes_on_with_one_log(tmp_path: Path, base: Path) -> N
 
 
 @needs_signals
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_second_signal_leaves_at_once_with_what_was_saved_before(tmp_path: Path, base: Path, number: int) -> None:
     config = run_config(tmp_path, base, train={"save_every": 2})
 

@@ -41,6 +41,7 @@ def test_the_average_is_that_of_the_paper() -> None:
     assert torch.equal(parameter, before)
 
 
+@pytest.mark.slow
 def test_the_saved_file_is_the_average_and_saving_changes_nothing(tmp_path: Path) -> None:
     runs = []
     for name, save_every in (("rarely", 10_000), ("often", 1)):

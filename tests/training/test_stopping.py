@@ -94,7 +94,7 @@ def test_a_run_ends_itself_and_its_best_save_is_the_result(tmp_path: Path) -> No
     assert copied[1] == pytest.approx(-0.2)  # own pictures stand still, held-out ones fall by a fifth
 
 
-@pytest.mark.parametrize("stop", [1, 3])
+@pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_stop_by_hand_does_not_change_where_it_ends(tmp_path: Path, stop: int) -> None:
     list(stopping(tmp_path / "whole", LOSSES).run())
     first = stopping(tmp_path / "parts", LOSSES)

@@ -21,6 +21,7 @@ def losses(folder: Path, components: Any, **model: Any) -> list[float]:
     return [event.loss for event in events if isinstance(event, StepDone)]
 
 
+@pytest.mark.slow
 def test_channels_last_is_the_same_training_and_is_taken_back(tmp_path: Path) -> None:
     plain = losses(tmp_path / "a", components_from_pipeline(tiny_sd1()))
     components = components_from_pipeline(tiny_sd1())

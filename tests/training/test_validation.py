@@ -49,6 +49,7 @@ def test_it_changes_nothing_in_the_training(tmp_path: Path) -> None:
     assert [event.loss for event in plain] == [event.loss for event in with_it]
 
 
+@pytest.mark.slow
 def test_the_measure_does_not_depend_on_batch_size_nor_on_the_step(tmp_path: Path) -> None:
     losses = []
     for batch_size, rate in ((2, 1e-12), (1, 1e-12)):
