@@ -95,7 +95,7 @@ def test_the_picture_is_the_one_the_plain_pipeline_draws(generator: Generator, t
         {"hires_scale": 2.0, "hires_steps": 0},
         {"hires_scale": 2.0, "hires_upscaler": "magic"},
     ],
-    ids=str,
+    ids=lambda change: ", ".join(change),
 )
 def test_impossible_requests_are_refused_in_one_sentence(generator: Generator, change: dict[str, object]) -> None:
     with pytest.raises(GenerationError) as caught:
