@@ -161,19 +161,19 @@ def ensure_tokenizer(folder: Path) -> None:
 
 
 def choose_caption(subject: str, style: str, chance: float) -> str:
-    if chance < 0.08:
+    if chance < 0.06:
         return ""
-    return caption(subject, None if chance < 0.18 else style)
+    return caption(subject, None if chance < 0.14 else style)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=80)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr-matrix", type=float, default=0.01)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr-matrix", type=float, default=0.008)
     parser.add_argument("--lr-other", type=float, default=1.5e-3)
-    parser.add_argument("--fall", type=float, default=0.5)
+    parser.add_argument("--fall", type=float, default=1.0)
     parser.add_argument("--draw-every", type=float, default=12)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--from-shipped", action="store_true", help="start from the package's weights")
@@ -198,7 +198,7 @@ def main() -> None:
         step = saved["step"]
     skip = ("conv_in", "conv_out", "time_embedding", "token_embedding", "position_embedding")
     optimizers = build_optimizers(base, args.lr_matrix, args.lr_other, skip=skip)
-    schedule, ema = Schedule(optimizers, fall=args.fall), Ema(base, 0.999)
+    schedule, ema = Schedule(optimizers, fall=args.fall), Ema(base, 0.997)
     if saved:
         ema.shadow = saved["ema"]
     noise_scheduler = DDPMScheduler(**SCHEDULE)
