@@ -1,4 +1,4 @@
-"""How far apart two sets of pictures are in style, and how much of a style's gap an adapter closed."""
+"""How far apart two sets of pictures are, in what makes their style."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sdlora.fidelity.features import COLOUR_STEPS, MEASURES, PATCH_STEP, StyleFeatures, style_features
 
-__all__ = ["SCALES", "measure_distances", "style_distance", "style_gap_closed"]
+__all__ = ["SCALES", "measure_distances", "style_distance"]
 
 SCALES = {"palette": 0.66, "patches": 0.084, "texture": 1.31}
 """Each measure's median distance of two hand-drawn styles of the same subjects (docs/FIDELITY.md), so that none
@@ -44,21 +44,6 @@ def style_distance(a: Pictures, b: Pictures) -> float:
     """
     distances = measure_distances(a, b)
     return sum(distances[name] / SCALES[name] for name in MEASURES) / len(MEASURES)
-
-
-def style_gap_closed(with_adapter: Pictures, without_adapter: Pictures, reference: Pictures) -> float:
-    """1 - d(with, reference) / d(without, reference): 1 is the reference itself, 0 is no nearer than without.
-
-    Draw the same subjects with the same seeds with and without, and measure against true drawings of those subjects.
-
-    Raises:
-        ValueError: a set is empty, or the pictures without the adapter already are the reference.
-    """
-    target = _features(reference)
-    before = style_distance(without_adapter, target)
-    if before == 0:
-        raise ValueError("without the adapter the pictures already equal the reference: there is no gap to close")
-    return 1 - style_distance(with_adapter, target) / before
 
 
 def _features(pictures: Pictures) -> StyleFeatures:

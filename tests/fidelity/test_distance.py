@@ -14,7 +14,6 @@ from sdlora.fidelity import (
     pool_features,
     style_distance,
     style_features,
-    style_gap_closed,
 )
 from sdlora.fidelity.histograms import row_histograms
 from tests.fidelity.art import Drawings, area_under_curve, load, recompressed, softened
@@ -159,16 +158,6 @@ def test_the_area_between_cumulative_histograms_is_the_wasserstein_distance() ->
     assert ((rows[0] - rows[1]).abs().sum(1) * 0.125).numpy() == pytest.approx(truth, abs=0.01)
 
 
-def test_gap_closed_is_one_at_the_reference_none_without_change_and_negative_beyond(blob, contrast, each) -> None:
-    other = pool_features(each["contrast"][40:])
-    assert style_gap_closed(other, blob, other) == 1
-    assert style_gap_closed(contrast, blob, other) > 0.75
-    assert style_gap_closed(blob, blob, other) == 0
-    assert style_gap_closed(contrast, pool_features(each["blob"][40:]), blob) < -1
-
-
-def test_no_gap_and_no_pictures_are_refused(blob) -> None:
-    with pytest.raises(ValueError, match="no gap"):
-        style_gap_closed(blob, blob, blob)
+def test_no_pictures_are_refused(blob) -> None:
     with pytest.raises(ValueError, match="at least one"):
         style_distance([], blob)
