@@ -161,7 +161,7 @@ def test_merge_is_the_weighted_sum_and_names_both_triggers(ink: Path, blob: Path
         assert pair.rank == 10
         assert torch.allclose(dense(pair), 0.7 * dense(a.unet[path]) + 0.5 * dense(b.unet[path]), atol=1e-6)
     assert both.metadata["modelspec.trigger_phrase"] == "ink style, blob style"
-    assert "at most" in run("merge", target, ink, blob, "--rank", "3")
+    assert "at most" in run("merge", target, ink, blob, "--rank", "3", "--overwrite")
     assert {pair.rank for _, _, pair in read_adapter(target).pairs()} == {3}
 
 
@@ -176,7 +176,7 @@ def test_resize_says_what_was_lost(ink: Path, tmp_path: Path) -> None:
     assert "Lost of each layer's change" in run("resize", ink, target, "--rank", 2, "--dtype", "fp32")
     assert {pair.rank for _, _, pair in read_adapter(target).pairs()} == {2}
     with pytest.raises(AdapterError, match="give a rank"):
-        run("resize", ink, target)
+        run("resize", ink, tmp_path / "other.safetensors")
 
 
 def test_diff_is_silent_about_rounding_and_loud_about_change(ink: Path, blob: Path, tmp_path: Path) -> None:
