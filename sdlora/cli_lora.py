@@ -164,7 +164,9 @@ def diff(left: File, right: File) -> None:
 
 @app.command()
 def metadata(
-    file: File,
+    words: Annotated[
+        list[str], typer.Argument(metavar="[show|set|strip] FILE [KEY=VALUE]...", help="FILE alone is shown.")
+    ],
     changes: Annotated[list[str] | None, typer.Option("--set", help="key=value, as often as needed.")] = None,
     remove: Annotated[list[str] | None, typer.Option("--remove", help="A key to take away.")] = None,
     strip: Annotated[bool, typer.Option("--strip", help="Take away all that no loader needs.")] = False,
@@ -175,11 +177,15 @@ def metadata(
     from sdlora.adapter_file import outline_adapter
     from sdlora.lora_workflows import edit_metadata
 
-    pairs = [item.partition("=") for item in changes or []]
-    if any(not separator for _, separator, _ in pairs):
-        raise AdapterError("--set takes key=value.")
+    verb, file, more = _metadata_words(words)
+    pairs = [item.partition("=") for item in [*(changes or []), *more]]
+    if any(not separator for _, separator, _ in pairs) or (verb == "set" and not pairs):
+        raise AdapterError("A text is set by `sdlora lora metadata set FILE key=value`.")
     edits: dict[str, str | None] = {key: value for key, _, value in pairs} | dict.fromkeys(remove or [])
+    strip = strip or verb == "strip"
     if edits or strip:
+        if verb == "show":
+            raise AdapterError("`show` changes nothing; leave it out, or say `set` or `strip`.")
         _say(str(edit_metadata(file, target or file, changes=edits, strip=strip, overwrite=overwrite)))
         return
     if target is not None:
@@ -189,6 +195,15 @@ def metadata(
         _say(f"{file}: its header has no texts.")
     for key, value in sorted(texts.items()):
         _say(f"{key} = {value if len(value) <= 200 else value[:197] + '...'}")
+
+
+def _metadata_words(words: list[str]) -> tuple[str | None, Path, list[str]]:
+    """(show, set, strip or None; FILE; the key=value after it)."""
+    verb = words[0] if len(words) > 1 and words[0] in ("show", "set", "strip") else None
+    file, *more = words if verb is None else words[1:]
+    if more and verb != "set":
+        raise AdapterError(f"{more[0]!r} is one word too many: `sdlora lora metadata set FILE key=value`.")
+    return verb, Path(file), more
 
 
 @app.command()

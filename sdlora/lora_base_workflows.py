@@ -19,7 +19,7 @@ from sdlora.adapter_file import PARTS, Family, LoraPair, Part, carried_metadata,
 from sdlora.adapter_file.keys import text_module_path
 from sdlora.adapter_tools import bake_checkpoint, extract_pairs, new_file, open_layers
 from sdlora.errors import AdapterError
-from sdlora.families import load_components, load_pipeline, resolve_base
+from sdlora.families import load_components, load_pipeline, local_base, resolve_base
 from sdlora.families.single_file import open_checkpoint
 from sdlora.lora import PRESETS, target_modules, target_patterns
 from sdlora.stack import AdapterStack
@@ -174,7 +174,7 @@ def bake(
     if not target.parent.is_dir():
         raise AdapterError(f"{target}: there is no folder {target.parent}. Make it first.")
     if target.suffix == ".safetensors":
-        if not Path(base).is_file():
+        if not Path(local_base(base) or base).is_file():
             raise AdapterError(
                 f"{base} is no checkpoint file, so that what comes out is a diffusers folder: name it without "
                 f"{target.suffix}."

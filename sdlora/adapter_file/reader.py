@@ -6,6 +6,7 @@ The header is checked, all names are taken apart and all shapes are compared bef
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
@@ -121,10 +122,17 @@ def _check_is_file(path: Path) -> None:
     if path.is_dir():
         raise AdapterFileError(path, "this is a folder; name the .safetensors file in it.")
     if not path.exists():
-        raise AdapterFileError(path, "there is no such file.")
+        raise AdapterFileError(path, _not_there(path))
     # Opening a pipe would wait for its writer.
     if not path.is_file():
         raise AdapterFileError(path, "this is not a regular file.")
+
+
+def _not_there(path: Path) -> str:
+    """That there is no such file, and what may be meant if one beside it is called nearly so."""
+    beside = {other.stem: other for other in path.parent.glob("*.safetensors")} if path.parent.is_dir() else {}
+    meant = difflib.get_close_matches(path.name.removesuffix(".safetensors"), beside, n=1, cutoff=0.75)
+    return f"there is no such file; did you mean {beside[meant[0]]}?" if meant else "there is no such file."
 
 
 def _layers(
