@@ -41,6 +41,8 @@ class Outline:
     methods: tuple[str, ...]
     """ "LoRA", "LoHa", "LoKr", "full difference", "DoRA"."""
     layers: Mapping[tuple[Part, str], Plan]
+    names: tuple[str, ...]
+    """Of all tensors, as the file has them."""
 
     @property
     def cross_attention_dim(self) -> int | None:
@@ -98,6 +100,7 @@ def outline_adapter(path: str | Path, *, allow_foreign: bool = False) -> Outline
         dialects=tuple(sorted({layer.dialect for layer in layers.values()})),
         methods=(*sorted(methods), *(["DoRA"] if has_dora else [])),
         layers={key: layer.plan for key, layer in layers.items() if layer.plan is not None},
+        names=tuple(header.tensors),
     )
 
 

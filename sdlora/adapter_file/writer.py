@@ -152,7 +152,9 @@ def _tensor_names(part: Part, module: str, family: Family, dialect: Dialect) -> 
     key = f"{part}.{module if part == 'unet' else text_module_path(module)}"
     if dialect == "peft":
         return _Names(f"{key}.lora_A.weight", f"{key}.lora_B.weight", None, f"{key}.lora_magnitude_vector")
-    return _Names(f"{key}.lora.down.weight", f"{key}.lora.up.weight", None, None)
+    # diffusers knows its old text encoder files by this word, and refuses others.
+    word = "lora" if part == "unet" else "lora_linear_layer"
+    return _Names(f"{key}.{word}.down.weight", f"{key}.{word}.up.weight", None, None)
 
 
 def _kohya_key(part: Part, module: str, family: Family) -> str:

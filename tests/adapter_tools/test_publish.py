@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import hashlib
 import json
 import socket
 import zipfile
@@ -247,6 +248,30 @@ def test_the_library_lists_what_lies_there_and_finds_by_any_hash(ink: Path, tmp_
     with pytest.raises(AdapterError, match="6 to 64 digits"):
         run("library", tmp_path, "--find", "ink")
     assert bare.exists()
+
+
+def test_the_library_finds_by_every_kind_of_hash(tmp_path: Path) -> None:
+    """Worked out from the bytes here; AutoV1 and the old hash of small files are those of nothing, and find none."""
+    small = save(tmp_path / "small.safetensors", kohya_tensors(simple_pairs(width=768)))
+    pairs = simple_pairs(rank=400, width=768)
+    large = write_adapter(tmp_path / "large.safetensors", pairs, family="sd1", metadata=METADATA, dtype=torch.float32)
+    content = large.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    hashes = {
+        "AutoV1": hashlib.sha256(content[2**20 : 2**20 + 2**16]).hexdigest()[:8],
+        "AutoV2": hashlib.sha256(content).hexdigest()[:10],
+        "AutoV3": hashlib.sha256(content[start:]).hexdigest()[:12],
+        "SHA-256": hashlib.sha256(content).hexdigest(),
+        "sshs_model_hash": hashlib.sha256(content[start:]).hexdigest(),
+        "sshs_legacy_hash": header_of(large)["sshs_legacy_hash"],
+    }
+    assert len(content) > 2**20 + 2**16 and len(set(hashes.values())) == len(hashes)
+    for digits in hashes.values():
+        (line,) = run("library", tmp_path, "--find", digits.upper()).splitlines()
+        assert line.startswith(str(large))
+    nothing = hashlib.sha256(b"").hexdigest()[:8]
+    assert hashlib.sha256(small.read_bytes()[2**20 :]).hexdigest().startswith(nothing)
+    run("library", tmp_path, "--find", nothing, code=1)
 
 
 # --- privacy --------------------------------------------------------------------------------------------------------
