@@ -224,7 +224,8 @@ def verify(path: Path, base: str, *, say: Say) -> float:
     except _DIFFUSERS_ERRORS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AdapterError(
-            f"{path}: we load it, diffusers does not ({reason}). `sdlora lora convert` writes what it loads."
+            f"{path}: we load it, diffusers does not ({reason}). `sdlora lora convert --format peft` writes what it "
+            "loads."
         ) from error
     fused = _effective(theirs)
     with stack.merged():

@@ -266,8 +266,15 @@ def test_verify_compares_the_text_encoders_too(tmp_path: Path) -> None:
 def test_what_diffusers_refuses_is_one_sentence_of_verify(tmp_path: Path) -> None:
     base = tmp_path / "base"
     tiny_sd1().save_pretrained(base)
-    with pytest.raises(AdapterError, match=r"we load it, diffusers does not \(.*\)\. `sdlora lora convert`"):
-        run("verify", GOLDEN / "loha.safetensors", "--base", base)
+    loha, plain = tmp_path / "loha.safetensors", tmp_path / "plain.safetensors"
+    loha.write_bytes((GOLDEN / "loha.safetensors").read_bytes())
+    with pytest.raises(
+        AdapterError, match=r"we load it, diffusers does not \(.*\)\. `sdlora lora convert --format peft`"
+    ):
+        run("verify", loha, "--base", base)
+    run("metadata", loha, "--set", "sdlora.family=sd1")
+    run("convert", loha, plain, "--format", "peft", "--dtype", "fp32")
+    assert "The same." in run("verify", plain, "--base", base)
 
 
 def test_loha_and_lokr_become_plain_loras_of_a_rank_and_what_is_lost_is_told(tmp_path: Path) -> None:
