@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sdlora.errors import AdapterError, AdapterFileError
+from sdlora.errors import AdapterError, AdapterFileError, GenerationError
 
 __all__ = ["app"]
 
@@ -48,12 +48,17 @@ def _dtype(name: str):  # type: ignore[no-untyped-def]
 def _weighted(items: list[str]) -> list[tuple[Path, float]]:
     from sdlora.prompts import find_adapter, parse_adapter_argument
 
-    choices = [parse_adapter_argument(item) for item in items]
+    try:
+        choices = [parse_adapter_argument(item) for item in items]
+        places = [find_adapter(choice.source, [Path()]) for choice in choices]
+    except GenerationError as error:
+        # Nothing is drawn here: the exit code is that of adapters.
+        raise AdapterError(str(error)) from error
     weights = [1.0 if choice.weight is None else choice.weight for choice in choices]
     numbers = [weight for weight in weights if isinstance(weight, float)]
     if len(numbers) < len(choices):
         raise AdapterError("These weights must be plain numbers. `sdlora stack export` makes a file of more than that.")
-    return [(find_adapter(choice.source, [Path()]), weight) for choice, weight in zip(choices, numbers, strict=True)]
+    return list(zip(places, numbers, strict=True))
 
 
 @app.command()
@@ -92,6 +97,9 @@ def _print_report(report) -> None:  # type: ignore[no-untyped-def]
     for block in report.blocks:
         table.add_row(block.block, str(block.layers), f"{block.norm:.3g}", f"{block.rank_used:.0%}")
     out.print(table)
+    base = report.metadata.get("sdlora.base_model") or report.metadata.get("ss_sd_model_name")
+    told = f"base {base}; " if base else ""
+    _say(f"  header: {told}{len(report.metadata)} texts (`sdlora lora metadata` shows them)")
     for tool in report.tools:
         _say(f"  {tool.tool}: {tool.loads}{f' ({tool.why})' if tool.why else ''}")
 
@@ -340,6 +348,7 @@ def _library_line(entry) -> str:  # type: ignore[no-untyped-def]
         f"{entry.size_bytes / 1024:.0f} kB",
     ]
     facts += [f"trigger: {entry.trigger}"] if entry.trigger else []
+    facts += [f"preview: {entry.picture.name}"] if entry.picture else []
     return f"{entry.path}  {'  '.join(facts)}"
 
 

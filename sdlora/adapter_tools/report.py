@@ -16,6 +16,7 @@ from sdlora.adapter_tools.hashes import FileHashes, file_hashes
 __all__ = ["AdapterReport", "BlockNorm", "ToolVerdict", "inspect_adapter"]
 
 _BLOCK = re.compile(r"(down_blocks|up_blocks)\.\d+|mid_block|text_model\.encoder\.layers\.\d+")
+_INVOKE_WIDTHS = (768, 1024, 2048)
 _ATTENTION = re.compile(r"attn[12]\.")
 _DIFFUSERS_NAME = re.compile(r"(unet|text_encoder|text_encoder_2)\.")
 _KIND = re.compile(r"(attn1|attn2|ff|proj_in|proj_out|self_attn|mlp|resnets|conv|time_emb)")
@@ -205,4 +206,6 @@ def _invoke(weights: AdapterWeights, is_kohya: bool, by_row: bool) -> tuple[str,
     is_deep = any(re.search(r"transformer_blocks\.[2-9]\.", path) for path in weights.unet)
     if weights.cross_attention_dim is None and not is_deep:
         return "refuses", "it tells the base model by attn2's keys or values, which this file does not change"
+    if weights.cross_attention_dim not in (*_INVOKE_WIDTHS, None) and not is_deep:
+        return "refuses", f"it knows no base model of cross-attention width {weights.cross_attention_dim}"
     return ("wrong picture", "it takes the lengths of DoRA's rows for columns") if by_row else ("yes", "")

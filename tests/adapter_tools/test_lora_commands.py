@@ -247,6 +247,7 @@ def test_bake_extract_and_verify_agree(tmp_path: Path) -> None:
         run("bake", tmp_path / "baked", ink, "--base", base)
 
 
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys:RuntimeWarning")
 def test_verify_compares_the_text_encoders_too(tmp_path: Path) -> None:
     """Alphas that differ are lost by diffusers on text encoders, and nowhere else in this file."""
     base = tmp_path / "base"
