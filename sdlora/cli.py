@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperGroup
 
 from sdlora import __version__
 from sdlora.adapter_weight import Weight
@@ -26,8 +27,20 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
+
+class _WithShortForms(TyperGroup):
+    """Takes `sdlora inspect FILE` for `sdlora lora inspect FILE`, and so for each of these tools."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        tools = getattr(self.commands.get("lora"), "commands", {})
+        if args and args[0] not in self.commands and args[0] in tools:
+            args = ["lora", *args]
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="sdlora",
+    cls=_WithShortForms,
     help="Train style LoRAs for Stable Diffusion, stack, draw with, share them.",
     no_args_is_help=True,
     add_completion=False,

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sdlora.errors import AdapterError, AdapterFileError
+from sdlora.errors import AdapterError, AdapterFileError, GenerationError
 
 __all__ = ["app"]
 
@@ -28,6 +28,7 @@ Energy = Annotated[
     float | None, typer.Option("--energy", min=0.0, max=1.0, help="Share of the change to keep, 0 to 1.")
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="fp16, bf16 or fp32.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write over a file of that name.")]
 Weighted = Annotated[list[str], typer.Argument(help="FILE or FILE:WEIGHT, as many as wanted.")]
 
 
@@ -47,12 +48,17 @@ def _dtype(name: str):  # type: ignore[no-untyped-def]
 def _weighted(items: list[str]) -> list[tuple[Path, float]]:
     from sdlora.prompts import find_adapter, parse_adapter_argument
 
-    choices = [parse_adapter_argument(item) for item in items]
+    try:
+        choices = [parse_adapter_argument(item) for item in items]
+        places = [find_adapter(choice.source, [Path()]) for choice in choices]
+    except GenerationError as error:
+        # Nothing is drawn here: the exit code is that of adapters.
+        raise AdapterError(str(error)) from error
     weights = [1.0 if choice.weight is None else choice.weight for choice in choices]
     numbers = [weight for weight in weights if isinstance(weight, float)]
     if len(numbers) < len(choices):
         raise AdapterError("These weights must be plain numbers. `sdlora stack export` makes a file of more than that.")
-    return [(find_adapter(choice.source, [Path()]), weight) for choice, weight in zip(choices, numbers, strict=True)]
+    return list(zip(places, numbers, strict=True))
 
 
 @app.command()
@@ -91,6 +97,9 @@ def _print_report(report) -> None:  # type: ignore[no-untyped-def]
     for block in report.blocks:
         table.add_row(block.block, str(block.layers), f"{block.norm:.3g}", f"{block.rank_used:.0%}")
     out.print(table)
+    base = report.metadata.get("sdlora.base_model") or report.metadata.get("ss_sd_model_name")
+    told = f"base {base}; " if base else ""
+    _say(f"  header: {told}{len(report.metadata)} texts (`sdlora lora metadata` shows them)")
     for tool in report.tools:
         _say(f"  {tool.tool}: {tool.loads}{f' ({tool.why})' if tool.why else ''}")
 
@@ -101,29 +110,50 @@ def convert(
     target: Target,
     form: Annotated[str, typer.Option("--format", help="kohya (loads everywhere), peft or diffusers.")] = "kohya",
     dtype: Dtype = "fp16",
+    drop_foreign: Annotated[
+        bool, typer.Option("--drop-foreign", help="Leave out, and name, tensors that are no part of a LoRA.")
+    ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """The same adapter in another dialect; its strength stays exactly what it was."""
     from sdlora.lora_workflows import convert as run
 
     if form not in ("kohya", "peft", "diffusers"):
         raise AdapterError(f"--format {form}: kohya, peft or diffusers.")
-    _say(str(run(source, target, dialect=form, dtype=_dtype(dtype))))  # type: ignore[arg-type]
+    options = {"dtype": _dtype(dtype), "drop_foreign": drop_foreign, "overwrite": overwrite, "say": _say}
+    _say(str(run(source, target, dialect=form, **options)))  # type: ignore[arg-type]
 
 
 @app.command()
-def resize(source: File, target: Target, rank: Rank = None, energy: Energy = None, dtype: Dtype = "fp16") -> None:
-    """A smaller file of lower rank, as near as can be; says what was lost."""
+def resize(
+    source: File,
+    target: Target,
+    rank: Rank = None,
+    energy: Energy = None,
+    dtype: Dtype = "fp16",
+    overwrite: Overwrite = False,
+) -> None:
+    """A smaller file of lower rank, as near as can be, of LoHa and LoKr too; says what was lost."""
     from sdlora.lora_workflows import resize as run
 
-    _say(str(run(source, target, rank=rank, energy=energy, dtype=_dtype(dtype), say=_say)))
+    options = {"dtype": _dtype(dtype), "overwrite": overwrite, "say": _say}
+    _say(str(run(source, target, rank=rank, energy=energy, **options)))
 
 
 @app.command()
-def merge(target: Target, adapters: Weighted, rank: Rank = None, energy: Energy = None, dtype: Dtype = "fp16") -> None:
+def merge(
+    target: Target,
+    adapters: Weighted,
+    rank: Rank = None,
+    energy: Energy = None,
+    dtype: Dtype = "fp16",
+    overwrite: Overwrite = False,
+) -> None:
     """Several adapters as one ordinary file that does what they do together at their weights."""
     from sdlora.lora_workflows import merge as run
 
-    _say(str(run(_weighted(adapters), target, rank=rank, energy=energy, dtype=_dtype(dtype), say=_say)))
+    options = {"dtype": _dtype(dtype), "overwrite": overwrite, "say": _say}
+    _say(str(run(_weighted(adapters), target, rank=rank, energy=energy, **options)))
 
 
 @app.command()
@@ -133,7 +163,7 @@ def diff(left: File, right: File) -> None:
 
     gaps = compare(left, right)
     for name, gap in sorted(gaps.items(), key=lambda item: -item[1])[:20]:
-        if gap > 0:
+        if gap >= 5e-5:
             _say(f"{gap:8.2%}  {name}")
     worst = max(gaps.values())
     _say(f"{len(gaps)} layers, largest difference {worst:.2%}")
@@ -142,25 +172,46 @@ def diff(left: File, right: File) -> None:
 
 @app.command()
 def metadata(
-    file: File,
+    words: Annotated[
+        list[str], typer.Argument(metavar="[show|set|strip] FILE [KEY=VALUE]...", help="FILE alone is shown.")
+    ],
     changes: Annotated[list[str] | None, typer.Option("--set", help="key=value, as often as needed.")] = None,
     remove: Annotated[list[str] | None, typer.Option("--remove", help="A key to take away.")] = None,
     strip: Annotated[bool, typer.Option("--strip", help="Take away all that no loader needs.")] = False,
     target: Annotated[Path | None, typer.Option("--out", help="Where to; without it FILE itself is rewritten.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Show the header's texts, or write them anew. The tensors and their hash stay the same."""
-    from sdlora.adapter_file import read_adapter
+    from sdlora.adapter_file import outline_adapter
     from sdlora.lora_workflows import edit_metadata
 
-    pairs = [item.partition("=") for item in changes or []]
-    if any(not separator for _, separator, _ in pairs):
-        raise AdapterError("--set takes key=value.")
+    verb, file, more = _metadata_words(words)
+    pairs = [item.partition("=") for item in [*(changes or []), *more]]
+    if any(not separator for _, separator, _ in pairs) or (verb == "set" and not pairs):
+        raise AdapterError("A text is set by `sdlora lora metadata set FILE key=value`.")
     edits: dict[str, str | None] = {key: value for key, _, value in pairs} | dict.fromkeys(remove or [])
+    strip = strip or verb == "strip"
     if edits or strip:
-        _say(str(edit_metadata(file, target or file, changes=edits, strip=strip)))
+        if verb == "show":
+            raise AdapterError("`show` changes nothing; leave it out, or say `set` or `strip`.")
+        _say(str(edit_metadata(file, target or file, changes=edits, strip=strip, overwrite=overwrite)))
         return
-    for key, value in sorted(read_adapter(file).metadata.items()):
+    if target is not None:
+        raise AdapterError("Nothing to change is said: --set, --remove or --strip.")
+    texts = outline_adapter(file, allow_foreign=True).metadata
+    if not texts:
+        _say(f"{file}: its header has no texts.")
+    for key, value in sorted(texts.items()):
         _say(f"{key} = {value if len(value) <= 200 else value[:197] + '...'}")
+
+
+def _metadata_words(words: list[str]) -> tuple[str | None, Path, list[str]]:
+    """(show, set, strip or None; FILE; the key=value after it)."""
+    verb = words[0] if len(words) > 1 and words[0] in ("show", "set", "strip") else None
+    file, *more = words if verb is None else words[1:]
+    if more and verb != "set":
+        raise AdapterError(f"{more[0]!r} is one word too many: `sdlora lora metadata set FILE key=value`.")
+    return verb, Path(file), more
 
 
 @app.command()
@@ -168,13 +219,23 @@ def extract(
     tuned: Annotated[str, typer.Argument(help="The fine-tuned model: checkpoint file, diffusers folder or Hub id.")],
     base: Annotated[str, typer.Argument(help="What it was tuned from.")],
     target: Target,
-    rank: Annotated[int, typer.Option("--rank", min=1)] = 32,
-    targets: Annotated[str, typer.Option("--targets", help="cross-attention, attention, attention+ff.")] = "attention",
+    rank: Annotated[int, typer.Option("--rank", min=1, max=512, help="The most that a layer keeps.")] = 32,
+    energy: Energy = None,
+    targets: Annotated[
+        str,
+        typer.Option("--targets", help="Of the U-Net: cross-attention, attention, attention+ff, attention+ff+conv."),
+    ] = "attention",
+    text_encoders: Annotated[
+        bool, typer.Option("--text-encoders/--unet-only", help="Text encoders too, where they differ.")
+    ] = True,
+    dtype: Dtype = "fp16",
+    overwrite: Overwrite = False,
 ) -> None:
-    """An adapter of what a fine-tuned model has that its base has not."""
-    from sdlora.lora_workflows import extract as run
+    """An adapter of what a fine-tuned model has that its base has not; says what did not go into the rank."""
+    from sdlora.lora_base_workflows import extract as run
 
-    _say(str(run(tuned, base, target, rank=rank, targets=targets, say=_say)))
+    options = {"dtype": _dtype(dtype), "overwrite": overwrite, "say": _say, "text_encoders": text_encoders}
+    _say(str(run(tuned, base, target, rank=rank, energy=energy or None, targets=targets, **options)))
 
 
 @app.command()
@@ -184,11 +245,14 @@ def bake(
     ],
     adapters: Weighted,
     base: Annotated[str, typer.Option("--base", help="Checkpoint file, folder, Hub id, or `tiny` (built in).")],
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of a folder: fp16, bf16 or fp32. A file keeps its formats.")
+    ] = "fp32",
 ) -> None:
     """The base model with adapters merged in, as a model of its own."""
-    from sdlora.lora_workflows import bake as run
+    from sdlora.lora_base_workflows import bake as run
 
-    run(_weighted(adapters), base, target, say=_say)
+    run(_weighted(adapters), base, target, say=_say, dtype=_dtype(dtype))
 
 
 @app.command()
@@ -248,7 +312,7 @@ def install(
 def library(
     folders: Annotated[list[Path], typer.Argument(help="Folders with LoRAs, searched with all below them.")],
     find: Annotated[
-        str | None, typer.Option("--find", help="The first digits of a hash: AutoV2, AutoV3, SHA-256.")
+        str | None, typer.Option("--find", help="The first digits of a hash: AutoV1, AutoV2, AutoV3, SHA-256.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for scripts.")] = False,
 ) -> None:
@@ -271,6 +335,8 @@ def library(
         shown += 1
         values = dataclasses.asdict(entry)
         _say(json.dumps(values, default=str, ensure_ascii=False) if as_json else _library_line(entry))
+    if not shown and find is None and not as_json:
+        _say(f"No LoRA lies in {', '.join(map(str, folders))}.")
     raise typer.Exit(int(find is not None and not shown))
 
 
@@ -282,13 +348,17 @@ def _library_line(entry) -> str:  # type: ignore[no-untyped-def]
         f"{entry.size_bytes / 1024:.0f} kB",
     ]
     facts += [f"trigger: {entry.trigger}"] if entry.trigger else []
+    facts += [f"preview: {entry.picture.name}"] if entry.picture else []
     return f"{entry.path}  {'  '.join(facts)}"
 
 
 @app.command()
-def verify(file: File, base: Annotated[str, typer.Option("--base", help="Folder, Hub id, or `tiny`.")]) -> None:
-    """Does diffusers make the same of this file as we do? Exit code 1 if not."""
-    from sdlora.lora_workflows import verify as run
+def verify(
+    file: File,
+    base: Annotated[str, typer.Option("--base", help="Checkpoint file, folder, Hub id, or `tiny` (built in).")],
+) -> None:
+    """Does diffusers make the same of this file as we do? Exit code 1 if not, 5 if it does not load it at all."""
+    from sdlora.lora_base_workflows import verify as run
 
     gap = run(file, base, say=_say)
     _say("The same." if gap < 1e-4 else "Not the same: diffusers reads this file differently.")

@@ -455,6 +455,10 @@ class OutputConfig(_Section):
     recommended_weight: Annotated[float, Field(strict=True, gt=0, le=10)] | None = None
     """The weight that tools suggest for the adapter. None: nothing is said, which they take as 1."""
 
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Number format of the weights in the adapter files. `fp16` is read by every tool and loses nothing that shows;
+    `fp32` keeps every bit of the training, in twice the space. States for going on are fp32 always."""
+
     with_captions: bool = Field(default=False, strict=True)
     """Writes into the header what the captions say and how often, for A1111's cloud of tags. Private unless wanted."""
 

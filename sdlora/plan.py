@@ -101,7 +101,7 @@ def plan_run(
         "activations and gradients": round(heap * step.peak_bytes),
         **({"encoders for previews": encoders} if config.preview.prompts else {}),
     }
-    file_bytes = 2 * step.adapter_parameters
+    file_bytes = (4 if config.output.dtype == "fp32" else 2) * step.adapter_parameters
     # A pass has `batch_size` pictures, a step as many passes as are accumulated.
     flops = step.flops * config.train.gradient_accumulation
     rate = None if flops_per_second is None else flops_per_second * _REACHED

@@ -99,7 +99,8 @@ def describe(planned: Planned, *, price_per_hour: float | None = None) -> Iterat
     plan, config = planned.plan, planned.config
     height, width = plan.target_hw
     yield "steps", f"{plan.length.steps}", plan.length.explanation
-    yield "adapter", _size(plan.file_bytes), f"{plan.adapter_parameters:,} numbers, rank {config.lora.rank}, in fp16"
+    numbers = f"{plan.adapter_parameters:,} numbers, rank {config.lora.rank}, in {config.output.dtype}"
+    yield "adapter", _size(plan.file_bytes), numbers
     parts = ", ".join(f"{name} {_size(size)}" for name, size in plan.memory.items())
     how = "real steps" if plan.measured and "measured in a step" in plan.memory else "computed"
     at = f"{width} x {height} pixels, {config.train.batch_size} at once, {planned.precision.name}"

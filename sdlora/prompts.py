@@ -78,7 +78,7 @@ def find_adapter(source: str, folders: Sequence[Path]) -> Path:
     )
     if len(found) == 1:
         return found[0]
-    where = ", ".join(map(str, folders))
+    where = ", ".join("the current folder" if folder == Path() else str(folder) for folder in folders)
     if not found:
         raise GenerationError(f"No adapter file is called {source!r} in {where}. Give its path.")
     listing = ", ".join(map(str, found))

@@ -83,6 +83,8 @@ def publish_adapter(source: Path, target: Path, publication: Publication) -> Pat
     pictures = [_read_picture(path) for path in publication.pictures]
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise AdapterError(f"{target} is there already. Choose another name.")
+    if target.suffix == ".zip" and not target.parent.is_dir():
+        raise AdapterError(f"{target}: there is no folder {target.parent}. Make it first.")
     try:
         if target.suffix == ".zip":
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=".publish-") as folder:
@@ -141,6 +143,12 @@ def _metadata(source: Path, publication: Publication) -> AdapterMetadata:
         "recommended_weight": publication.recommended_weight,
         "base_model": publication.base_model,
     }
+    if (
+        publication.base_model is not None
+        and publication.base_model != "tiny"
+        and not is_hub_id(publication.base_model)
+    ):
+        raise AdapterError(f"--base {publication.base_model}: say it as the Hub calls it, owner/name.")
     metadata = dataclasses.replace(known, **{key: value for key, value in said.items() if value is not None})
     if metadata.license is None:
         raise AdapterError(

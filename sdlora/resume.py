@@ -109,6 +109,7 @@ CHANGE_CLASSES: dict[str, Meaning] = {
     "output.license": "free",
     "output.recommended_weight": "free",
     "output.with_captions": "free",
+    "output.dtype": "free",
 }
 """What a changed setting does to a run that goes on. `free`: the adapter stays the same (what base, pictures and a
 first adapter hold is compared by itself, wherever they lie). `safe`: the same but for rounding. `changes the run`:

@@ -59,6 +59,7 @@ __all__ = ["Trainer"]
 
 _MAX_SKIPPED_IN_A_ROW = 20
 _COUNTERS_APART = 1_000_000
+_FILE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _STATE_SECONDS = 300.0
 """A state is saved at least this often, so that a power cut costs minutes and not the hours between two saves."""
 
@@ -612,6 +613,7 @@ class Trainer:
             text_encoder_2=pairs.get("text_encoder_2"),
             family=self._components.family.name,
             metadata=metadata,
+            dtype=_FILE_DTYPES[self._config.output.dtype],
         )
 
     def _metadata(self, title: str, step: int) -> AdapterMetadata:

@@ -273,12 +273,12 @@ def _train(
         },
         processes=processes,
     )
-    _introduce(trainer, components, parts.precision, device, say)
+    _introduce(trainer, components, config, parts.precision, device, say)
     if not processes.is_main:
         _drive(trainer, [])
         return run_dir.adapter_path
     try:
-        _require_space(run_dir, trainer.adapter_plan, len(trainer.plan.save_steps))
+        _require_space(run_dir, trainer.adapter_plan, len(trainer.plan.save_steps), config.output.dtype)
     except TrainingError:
         # The trainer takes its LoRA out at the end of a run, and this one never begins.
         trainer.detach()
@@ -363,9 +363,9 @@ def _forget_events_after(run_dir: RunDir, step: int) -> None:
     write_text_atomic(run_dir.events_path, "".join(kept))
 
 
-def _require_space(run_dir: RunDir, adapter: AdapterPlan, num_saves: int) -> None:
+def _require_space(run_dir: RunDir, adapter: AdapterPlan, num_saves: int, dtype: str) -> None:
     # A state holds the weights and two moments in fp32, and one more is written before the oldest goes.
-    needed = 12 * adapter.num_parameters * (KEPT + 1) + adapter.file_bytes * num_saves
+    needed = 12 * adapter.num_parameters * (KEPT + 1) + adapter.file_bytes_in(dtype) * num_saves
     free = shutil.disk_usage(run_dir.root).free
     if free < needed:
         raise TrainingError(
@@ -541,7 +541,14 @@ def _preview_drawer(
     )
 
 
-def _introduce(trainer: Trainer, components: Components, precision: Precision, device: torch.device, say: Say) -> None:
+def _introduce(
+    trainer: Trainer,
+    components: Components,
+    config: TrainConfig,
+    precision: Precision,
+    device: torch.device,
+    say: Say,
+) -> None:
     say(f"{components.family.title}, {components.prediction_type} prediction, on {device} in {precision.name}.")
     adapter = trainer.adapter_plan
     models = base_models(components)
@@ -557,5 +564,6 @@ def _introduce(trainer: Trainer, components: Components, precision: Precision, d
             "Note: this is DoRA. sdlora and LyCORIS draw its files right; diffusers, kohya's networks.lora, ComfyUI "
             "and A1111 draw something else, without an error. `sdlora lora bake` makes a base of it for every tool."
         )
-    say(f"Each adapter file: {adapter.file_bytes:,} bytes of weights in {adapter.num_layers} layers.")
+    size = adapter.file_bytes_in(config.output.dtype)
+    say(f"Each adapter file: {size:,} bytes of weights in {adapter.num_layers} layers.")
     say(trainer.plan.explanation)

@@ -6,6 +6,7 @@ The header is checked, all names are taken apart and all shapes are compared bef
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
@@ -40,6 +41,8 @@ class Outline:
     methods: tuple[str, ...]
     """ "LoRA", "LoHa", "LoKr", "full difference", "DoRA"."""
     layers: Mapping[tuple[Part, str], Plan]
+    names: tuple[str, ...]
+    """Of all tensors, as the file has them."""
 
     @property
     def cross_attention_dim(self) -> int | None:
@@ -50,18 +53,19 @@ class Outline:
         )
 
 
-def read_adapter(path: str | Path) -> AdapterWeights:
+def read_adapter(path: str | Path, *, drop_foreign: bool = False) -> AdapterWeights:
     """Read a LoRA in kohya's, PEFT's or diffusers' older dialect; tensors on the CPU in the file's types.
 
     LyCORIS' other kinds (LoHa, LoKr, LoCon with a middle, full differences) become plain fp32 pairs, exactly. A missing
-    alpha means alpha = rank, as every other tool takes it. Raises AdapterFileError with one sentence.
+    alpha means alpha = rank, as every other tool takes it. Tensors that are no part of a LoRA refuse the file, or with
+    `drop_foreign` are left out and named. Raises AdapterFileError with one sentence.
     """
     path = Path(path)
     _check_is_file(path)
     try:
         with path.open("rb") as file:
             header = read_header(file, path)
-            layers = _layers(path, header)
+            layers, foreign = _layers(path, header, allow_foreign=drop_foreign)
             file.seek(0)
             content = file.read()
     except OSError as error:
@@ -72,10 +76,10 @@ def read_adapter(path: str | Path) -> AdapterWeights:
     for (part, module), layer in sorted(layers.items()):
         parts[part][module] = _pair(path, part, module, layer, tensors, alphas)
     digest = hashlib.sha256(memoryview(content)[header.size :]).hexdigest()
-    return AdapterWeights(**parts, metadata=header.metadata, path=path, tensor_sha256=digest)
+    return AdapterWeights(**parts, metadata=header.metadata, path=path, tensor_sha256=digest, foreign=foreign)
 
 
-def outline_adapter(path: str | Path) -> Outline:
+def outline_adapter(path: str | Path, *, allow_foreign: bool = False) -> Outline:
     """What the file holds, checked as strictly as by `read_adapter`, but for the numbers themselves.
 
     Raises:
@@ -88,7 +92,7 @@ def outline_adapter(path: str | Path) -> Outline:
             header = read_header(file, path)
     except OSError as error:
         raise AdapterFileError(path, f"it cannot be read: {error.strerror}.") from error
-    layers = _layers(path, header)
+    layers, _ = _layers(path, header, allow_foreign=allow_foreign)
     methods = {layer.plan.kind for layer in layers.values() if layer.plan is not None}
     has_dora = any("dora_scale" in layer.names for layer in layers.values())
     return Outline(
@@ -96,6 +100,7 @@ def outline_adapter(path: str | Path) -> Outline:
         dialects=tuple(sorted({layer.dialect for layer in layers.values()})),
         methods=(*sorted(methods), *(["DoRA"] if has_dora else [])),
         layers={key: layer.plan for key, layer in layers.items() if layer.plan is not None},
+        names=tuple(header.tensors),
     )
 
 
@@ -120,14 +125,23 @@ def _check_is_file(path: Path) -> None:
     if path.is_dir():
         raise AdapterFileError(path, "this is a folder; name the .safetensors file in it.")
     if not path.exists():
-        raise AdapterFileError(path, "there is no such file.")
+        raise AdapterFileError(path, _not_there(path))
     # Opening a pipe would wait for its writer.
     if not path.is_file():
         raise AdapterFileError(path, "this is not a regular file.")
 
 
-def _layers(path: Path, header: Header) -> dict[tuple[Part, str], _Layer]:
-    """Group the tensors by layer and check names, completeness and shapes."""
+def _not_there(path: Path) -> str:
+    """That there is no such file, and what may be meant if one beside it is called nearly so."""
+    beside = {other.stem: other for other in path.parent.glob("*.safetensors")} if path.parent.is_dir() else {}
+    meant = difflib.get_close_matches(path.name.removesuffix(".safetensors"), beside, n=1, cutoff=0.75)
+    return f"there is no such file; did you mean {beside[meant[0]]}?" if meant else "there is no such file."
+
+
+def _layers(
+    path: Path, header: Header, *, allow_foreign: bool
+) -> tuple[dict[tuple[Part, str], _Layer], tuple[str, ...]]:
+    """Group the tensors by layer and check names, completeness and shapes; and the names of those that are of none."""
     method = next((m for m in map(unsupported_method, header.tensors) if m is not None), None)
     if method is not None:
         raise AdapterFileError(path, f"this is a {method} file, which is not supported; ask for a LoRA.")
@@ -135,9 +149,12 @@ def _layers(path: Path, header: Header) -> dict[tuple[Part, str], _Layer]:
     if not any(parsed.values()):
         names = name_some(header.tensors)
         raise AdapterFileError(path, f"none of its tensors belongs to a LoRA for Stable Diffusion: {names}.")
-    foreign = [name for name, tensor in parsed.items() if tensor is None]
-    if foreign:
-        raise AdapterFileError(path, f"it holds tensors that are not part of a LoRA: {name_some(foreign)}.")
+    foreign = tuple(name for name, tensor in parsed.items() if tensor is None)
+    if foreign and not allow_foreign:
+        one = len(foreign) == 1
+        what = f"{'a tensor' if one else f'{len(foreign)} tensors'} that {'is' if one else 'are'} not part of a LoRA"
+        remedy = "`sdlora lora convert FILE NEW --drop-foreign` writes the rest"
+        raise AdapterFileError(path, f"it holds {what}: {name_some(foreign)}; {remedy}.")
     layers: dict[tuple[Part, str], _Layer] = {}
     for name, tensor in parsed.items():
         _add(path, layers, name, tensor)
@@ -146,7 +163,7 @@ def _layers(path: Path, header: Header) -> dict[tuple[Part, str], _Layer]:
     numbers = sum(layer.plan.numbers for layer in layers.values() if layer.plan is not None)
     if numbers > _MAX_NUMBERS:
         raise AdapterFileError(path, f"its changes would need {numbers:.1e} numbers, more than any U-Net has.")
-    return layers
+    return layers, foreign
 
 
 def _add(path: Path, layers: dict[tuple[Part, str], _Layer], name: str, tensor: TensorName | None) -> None:

@@ -34,6 +34,8 @@ _ALPHA_DTYPE_BYTES = {**_DTYPE_BYTES, "F64": 8, "I64": 8, "I32": 4}
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,512}")
 _PICKLE_START = re.compile(rb"\x80[\x00-\x05]|\(dp|ccopy_reg|\(lp|c__builtin__|cposix|cos\n")
 
+_PICTURE_STARTS = ((b"\x89PNG", "PNG"), (b"\xff\xd8\xff", "JPEG"), (b"RIFF", "WEBP"), (b"GIF8", "GIF"))
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -87,6 +89,8 @@ def _what_it_is(start: bytes) -> str:
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not start:
         return "the file is empty; fetch or copy it again."
+    if start.startswith(b"PK\x03\x04") and b"data.pkl" not in start and b".data/" not in start:
+        return "this is a zip archive; unpack it and name the .safetensors file in it."
     if start.startswith(b"PK\x03\x04") or _PICKLE_START.match(start):
         return "this is a pickle checkpoint, which can run code when it is opened; ask for a .safetensors file."
     if start.startswith(b"version https://git-lfs"):
@@ -95,6 +99,11 @@ def _what_it_is(start: bytes) -> str:
         return "this is a web page, not a LoRA; the download needs another link or a login."
     if text.startswith((b"{", b"[")):
         return "this is a JSON text, not a safetensors file."
+    kind = next((kind for mark, kind in _PICTURE_STARTS if start.startswith(mark)), None)
+    if kind is not None:
+        return f"this is a picture ({kind}), not a LoRA; a tool may have put it beside the .safetensors file."
+    if start.startswith(b"GGUF"):
+        return "this is a GGUF file, which is not read; ask for a .safetensors file."
     if len(start) < 10:
         return f"the file is truncated: it has only {len(start)} bytes."
     return "this is not a safetensors file."

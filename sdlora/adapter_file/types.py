@@ -52,6 +52,9 @@ class AdapterWeights:
     tensor_sha256: str = ""
     """Hex digest of the tensor bytes; kohya's `sshs_model_hash` and Civitai's AutoV3 when cut to 12 digits."""
 
+    foreign: tuple[str, ...] = ()
+    """Tensors of the file that are no part of a LoRA and were left out; empty unless reading was told to do so."""
+
     def part(self, part: Part) -> Mapping[str, LoraPair]:
         return {"unet": self.unet, "text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}[part]
 

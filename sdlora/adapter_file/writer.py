@@ -28,7 +28,7 @@ from sdlora.adapter_file.fold import fold
 from sdlora.adapter_file.keys import flat_key, text_module_path, to_stability
 from sdlora.adapter_file.metadata import AdapterMetadata, Family, build_metadata, family_of
 from sdlora.adapter_file.reader import name_some, read_adapter
-from sdlora.adapter_file.safety import MAX_ALPHA_PER_RANK, MAX_RANK, Header, read_header
+from sdlora.adapter_file.safety import MAX_ALPHA_PER_RANK, MAX_HEADER_BYTES, MAX_RANK, Header, read_header
 from sdlora.adapter_file.types import PARTS, LoraPair, Part
 from sdlora.errors import AdapterFileError
 from sdlora.run_dir import sync_folder
@@ -85,7 +85,8 @@ def rewrite_metadata(source: str | Path, target: str | Path, changes: Mapping[st
     `source` and `target` may be the same file, which is then replaced as a whole. Returns `target`.
 
     Raises:
-        AdapterFileError: the source is no sound safetensors file, or the disk does not take the target.
+        AdapterFileError: the source is no sound safetensors file, the texts are too long to be read again, or the disk
+            does not take the target.
     """
     source, target = Path(source), Path(target)
     try:
@@ -96,7 +97,13 @@ def rewrite_metadata(source: str | Path, target: str | Path, changes: Mapping[st
     except OSError as error:
         raise AdapterFileError(source, f"it cannot be read: {error.strerror}.") from error
     texts = {key: value for key, value in {**header.metadata, **changes}.items() if value is not None}
-    _publish(target, _header(_entries(header), texts) + data, lambda _: None)
+    written = _header(_entries(header), texts)
+    if len(written) - 8 > MAX_HEADER_BYTES:
+        reason = (
+            f"not written: its header would have {len(written):,} bytes, and at most {MAX_HEADER_BYTES:,} are read."
+        )
+        raise AdapterFileError(target, reason)
+    _publish(target, written + data, lambda _: None)
     return target
 
 
@@ -145,7 +152,9 @@ def _tensor_names(part: Part, module: str, family: Family, dialect: Dialect) -> 
     key = f"{part}.{module if part == 'unet' else text_module_path(module)}"
     if dialect == "peft":
         return _Names(f"{key}.lora_A.weight", f"{key}.lora_B.weight", None, f"{key}.lora_magnitude_vector")
-    return _Names(f"{key}.lora.down.weight", f"{key}.lora.up.weight", None, None)
+    # diffusers knows its old text encoder files by this word, and refuses others.
+    word = "lora" if part == "unet" else "lora_linear_layer"
+    return _Names(f"{key}.{word}.down.weight", f"{key}.{word}.up.weight", None, None)
 
 
 def _kohya_key(part: Part, module: str, family: Family) -> str:
@@ -228,7 +237,9 @@ def _with_hashes(entries: Mapping[str, object], data: bytes, texts: Mapping[str,
 
 
 def _header(entries: Mapping[str, object], texts: Mapping[str, str]) -> bytes:
-    text = json.dumps({"__metadata__": dict(sorted(texts.items())), **entries}, separators=(",", ":")).encode("ascii")
+    # A file's name may hold bytes that are no text; half a surrogate in the header would spoil the file for others.
+    clean = {key: value.encode("utf-8", "replace").decode("utf-8") for key, value in sorted(texts.items())}
+    text = json.dumps({"__metadata__": clean, **entries}, separators=(",", ":")).encode("ascii")
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 

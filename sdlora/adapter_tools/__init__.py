@@ -2,10 +2,10 @@
 
 from sdlora.adapter_tools.arithmetic import Resized, difference, energy_rank, merge_adapters, resize_adapter
 from sdlora.adapter_tools.card import CardPicture, is_hub_id, model_card
-from sdlora.adapter_tools.checkpoints import CheckpointLayers, bake_checkpoint, open_layers
+from sdlora.adapter_tools.checkpoints import CheckpointLayers, OpenedCheckpoint, bake_checkpoint, open_layers
 from sdlora.adapter_tools.extract import extract_pairs
 from sdlora.adapter_tools.hashes import FileHashes, file_hashes
-from sdlora.adapter_tools.install import TOOLS, put_file, tool_folder
+from sdlora.adapter_tools.install import TOOLS, new_file, put_file, tool_folder
 from sdlora.adapter_tools.library import LibraryEntry, find_by_tensor_hash, list_library, tensor_hash
 from sdlora.adapter_tools.report import AdapterReport, BlockNorm, ToolVerdict, inspect_adapter
 from sdlora.adapter_tools.sidecar import sidecar_fields, thumbnail_jpeg, write_sidecars
@@ -18,6 +18,7 @@ __all__ = [
     "CheckpointLayers",
     "FileHashes",
     "LibraryEntry",
+    "OpenedCheckpoint",
     "Resized",
     "ToolVerdict",
     "bake_checkpoint",
@@ -31,6 +32,7 @@ __all__ = [
     "list_library",
     "merge_adapters",
     "model_card",
+    "new_file",
     "open_layers",
     "put_file",
     "resize_adapter",

@@ -12,13 +12,14 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdlora.adapter_file import (
+    PARTS,
     AdapterWeights,
     LoraPair,
     Part,
@@ -29,10 +30,10 @@ from sdlora.adapter_file import (
 from sdlora.errors import AdapterError, AdapterMismatchError, ModelError
 from sdlora.families.base import FamilyName
 from sdlora.families.original_names import open_clip_text_name, unet_name
-from sdlora.families.single_file import checkpoint_family
+from sdlora.families.single_file import checkpoint_family, require_safetensors, said_prediction_type
 from sdlora.run_dir import sync_folder
 
-__all__ = ["CheckpointLayers", "bake_checkpoint", "open_layers"]
+__all__ = ["CheckpointLayers", "OpenedCheckpoint", "bake_checkpoint", "open_layers"]
 
 _UNET = "model.diffusion_model."
 _HUGGING_FACE: Mapping[tuple[FamilyName, Part], str] = {
@@ -43,6 +44,7 @@ _OPEN_CLIP: Mapping[tuple[FamilyName, Part], str] = {
     ("sd2", "text_encoder"): "cond_stage_model.model.",
     ("sdxl", "text_encoder_2"): "conditioner.embedders.1.model.",
 }
+_TEXT_LAYERS = (*(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _COPY_BYTES = 2**22
 # They name the tensors of the file they came from.
@@ -81,6 +83,7 @@ class _Checkpoint:
         Raises:
             ModelError: it is no sound checkpoint of SD 1.x, SD 2.x or SDXL.
         """
+        require_safetensors(path)
         try:
             # The library sees to it that the layout is sound.
             with safe_open(path, framework="pt"):
@@ -128,46 +131,71 @@ class _Checkpoint:
 
 
 class CheckpointLayers(Mapping[str, Tensor]):
-    """The U-Net's weights of a checkpoint by diffusers path, each read when it is asked for."""
+    """The weights of one part of a checkpoint by an adapter's module path, each read when it is asked for."""
 
-    def __init__(self, checkpoint: _Checkpoint, names: Mapping[str, str]):
-        self._checkpoint, self._names = checkpoint, names
-
-    @property
-    def family(self) -> FamilyName:
-        """Of the checkpoint."""
-        return self._checkpoint.family
+    def __init__(self, checkpoint: _Checkpoint, places: Mapping[str, _Place]):
+        self._checkpoint, self._places = checkpoint, places
 
     def only(self, paths: Sequence[str]) -> CheckpointLayers:
         """Those of them that are named."""
-        return CheckpointLayers(self._checkpoint, {path: self._names[path] for path in paths if path in self._names})
+        return CheckpointLayers(self._checkpoint, {path: self._places[path] for path in paths if path in self._places})
 
     def __getitem__(self, path: str) -> Tensor:
-        entry = self._checkpoint.entries[self._names[path]]
+        place = self._places[path]
         with self._checkpoint.path.open("rb") as file:
-            return _read(file, entry, self._checkpoint.path)
+            return _layer(_read(file, self._checkpoint.entries[place.name], self._checkpoint.path), place)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._places)
 
 
-def open_layers(path: Path) -> CheckpointLayers:
-    """The Linear and convolution layers of a checkpoint's U-Net.
+@dataclass(frozen=True, eq=False)
+class OpenedCheckpoint:
+    """The layers of a checkpoint that an adapter can change, none of them read yet."""
+
+    family: FamilyName
+    prediction_type: Literal["epsilon", "v_prediction"] | None
+    """As the file says; None of an SD 2.x that does not."""
+    layers: Mapping[Part, CheckpointLayers]
+    """Linear and convolution layers of the U-Net; of the text encoders those of their transformer."""
+
+
+def open_layers(path: Path) -> OpenedCheckpoint:
+    """What lies where in a checkpoint file.
 
     Raises:
         ModelError: it is no sound checkpoint of SD 1.x, SD 2.x or SDXL.
     """
     checkpoint = _Checkpoint.open(path)
-    names = {}
+    unet = {}
     for name, entry in checkpoint.entries.items():
         if name.startswith(_UNET) and name.endswith(".weight") and len(entry.shape) in (2, 4):
             module = unet_path_of_original(name.removeprefix(_UNET).removesuffix(".weight"))
             if module is not None:
-                names[module] = name
-    return CheckpointLayers(checkpoint, names)
+                unet[module] = _Place(name)
+    layers: dict[Part, CheckpointLayers] = {"unet": CheckpointLayers(checkpoint, unet)}
+    for part in PARTS[1:]:
+        if places := _text_places(checkpoint, part):
+            layers[part] = CheckpointLayers(checkpoint, places)
+    said = said_prediction_type(path, checkpoint.family, checkpoint.entries, checkpoint.header.get("__metadata__", {}))
+    return OpenedCheckpoint(checkpoint.family, said, layers)
+
+
+def _text_places(checkpoint: _Checkpoint, part: Part) -> dict[str, _Place]:
+    places: list[dict[str, _Place]] = []
+    while True:
+        paths = [f"text_model.encoder.layers.{len(places)}.{layer}" for layer in _TEXT_LAYERS]
+        found = {path: place for path in paths if (place := checkpoint.place(part, path)) is not None}
+        if len(found) < len(paths):
+            break
+        places.append(found)
+    # The pipeline of SD 2.x takes the last but one layer; no loader has a place for what changes the last.
+    if checkpoint.family == "sd2":
+        places = places[:-1]
+    return {path: place for layer in places for path, place in layer.items()}
 
 
 def bake_checkpoint(base: Path, target: Path, adapters: Sequence[tuple[AdapterWeights, float]]) -> int:

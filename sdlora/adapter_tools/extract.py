@@ -25,23 +25,23 @@ def extract_pairs(
     """Pairs by module path for the weights [out, in(, k, k)] that differ between two models; `tell` hears of each the
     share of the change that was lost (Frobenius, 0..1).
 
-    A layer keeps at most `rank` singular values, and no more than hold `energy` of the sum of squares.
+    A layer keeps at most `rank` singular values, and no more than hold `energy` of the sum of squares. The same numbers
+    in a coarser format are no change.
 
     Raises:
-        AdapterError: the models have other layers or shapes, or do not differ at all.
+        AdapterError: the models have other layers or shapes.
     """
     if tuned.keys() != base.keys():
         odd = sorted(tuned.keys() ^ base.keys())
         raise AdapterError(f"The two models do not have the same layers: {odd[0]} and {len(odd) - 1} more differ.")
     pairs = {}
     for path, weight in tuned.items():
-        if weight.shape != base[path].shape:
-            raise AdapterError(
-                f"{path} is {list(weight.shape)} in one model and {list(base[path].shape)} in the other."
-            )
-        change = weight.float() - base[path].float()
-        if not change.any():
+        origin = base[path]
+        if weight.shape != origin.shape:
+            raise AdapterError(f"{path} is {list(weight.shape)} in one model and {list(origin.shape)} in the other.")
+        if _is_rounding(weight, origin):
             continue
+        change = weight.float() - origin.float()
         up, values, down = torch.linalg.svd(change.flatten(1), full_matrices=False)
         kept = min(rank, len(values), len(values) if energy is None else energy_rank(values, energy))
         root = values[:kept].sqrt()
@@ -51,6 +51,17 @@ def extract_pairs(
             alpha=float(kept),
         )
         tell(path, float((values[kept:].square().sum() / values.square().sum()).sqrt()))
-    if not pairs:
-        raise AdapterError("The two models are equal in these layers: there is nothing to extract.")
     return pairs
+
+
+def _is_rounding(left: Tensor, right: Tensor) -> bool:
+    """Whether one holds the other's numbers in a coarser format, or in the same."""
+    if torch.equal(left.float(), right.float()):
+        return True
+    for dtype in (torch.float16, torch.bfloat16):
+        rounded = left.to(dtype)
+        if torch.equal(rounded, right.to(dtype)) and any(
+            torch.equal(rounded.float(), t.float()) for t in (left, right)
+        ):
+            return True
+    return False

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sdlora.errors import AdapterError
 
-__all__ = ["TOOLS", "put_file", "tool_folder"]
+__all__ = ["TOOLS", "new_file", "put_file", "tool_folder"]
 
 TOOLS = ("comfyui", "a1111", "forge", "invokeai")
 
@@ -34,6 +34,23 @@ def tool_folder(tool: str, root: Path) -> Path:
     folder = models.joinpath(*_FOLDERS[tool])
     folder.mkdir(exist_ok=True)
     return folder
+
+
+def new_file(target: Path, *, overwrite: bool = False) -> Path:
+    """`target`, once it is clear that an adapter file can be written there and nothing is lost by it.
+
+    Raises:
+        AdapterError: it is a folder, has another ending, its folder is missing, or it is there and is to stay.
+    """
+    if target.is_dir():
+        raise AdapterError(f"{target} is a folder. Name the file to write, e.g. {target / 'new.safetensors'}.")
+    if target.suffix.lower() != ".safetensors":
+        raise AdapterError(f"{target}: call the file to write {target.name}.safetensors; no tool loads another ending.")
+    if not target.parent.is_dir():
+        raise AdapterError(f"{target}: there is no folder {target.parent}. Make it first.")
+    if target.exists() and not overwrite:
+        raise AdapterError(f"{target} is there already. Choose another name, or say --overwrite.")
+    return target
 
 
 def put_file(target: Path, content: bytes) -> Path:

@@ -19,6 +19,10 @@ _CHUNK = 2**20
 _MAX_SIDECAR_BYTES = 2**20
 _PICTURES = (".png", ".preview.png", ".jpg", ".jpeg", ".webp")
 
+_HASH_KEYS = ("sshs_model_hash", "sshs_legacy_hash")
+# Of nothing: AutoV1 and the old hash look at bytes behind the end of files below 1 MiB.
+_AUTO_V1_OF_SMALL_FILES = hashlib.sha256().hexdigest()[:8]
+
 
 @dataclass(frozen=True)
 class LibraryEntry:
@@ -34,13 +38,14 @@ class LibraryEntry:
     hashes: FileHashes
     picture: Path | None
     """The preview that lies beside it."""
+    said_hashes: tuple[str, ...] = ()
+    """Those that the header claims, by which A1111 and sites know the file even where they are wrong."""
 
     def has_hash(self, digits: str) -> bool:
         """Whether one of its hashes begins with these hex digits, as sites and pictures cut them off."""
         digits = digits.lower().removeprefix("0x")
-        hashes = self.hashes
-        # AutoV1 is the same for all files below 1 MiB.
-        return any(value.startswith(digits) for value in (hashes.sha256, hashes.tensor_sha256))
+        known = [self.hashes.sha256, self.hashes.tensor_sha256, self.hashes.auto_v1, *self.said_hashes]
+        return any(value.startswith(digits) for value in known if value[:8] != _AUTO_V1_OF_SMALL_FILES)
 
 
 def list_library(folders: Iterable[Path]) -> Iterator[LibraryEntry | AdapterFileError]:
@@ -59,6 +64,7 @@ def list_library(folders: Iterable[Path]) -> Iterator[LibraryEntry | AdapterFile
             weight=outline.metadata.get("sdlora.recommended_weight"),
             size_bytes=path.stat().st_size,
             hashes=file_hashes(path),
+            said_hashes=tuple(outline.metadata[key].lower() for key in _HASH_KEYS if outline.metadata.get(key)),
             picture=next((p for end in _PICTURES if (p := path.with_name(path.stem + end)).is_file()), None),
         )
 

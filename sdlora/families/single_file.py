@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from sdlora.families.base import FamilyName
 from sdlora.families.clip import clip_tokenizer
 from sdlora.families.original_names import open_clip_text_name, unet_name, vae_name
 
-__all__ = ["OriginalCheckpoint", "checkpoint_family", "open_checkpoint"]
+__all__ = ["OriginalCheckpoint", "checkpoint_family", "open_checkpoint", "require_safetensors", "said_prediction_type"]
 
 PredictionType = Literal["epsilon", "v_prediction"]
 
@@ -89,7 +89,7 @@ class OriginalCheckpoint:
         Raises:
             ModelError: the file's marks contradict each other.
         """
-        prediction_type = self._prediction_type(unet)
+        prediction_type = self.prediction_type(unet)
         zero_terminal = "ztsnr" in self._tensors
         if zero_terminal and prediction_type != "v_prediction":
             raise ModelError(
@@ -103,21 +103,14 @@ class OriginalCheckpoint:
             return EulerDiscreteScheduler(**options)
         return DDIMScheduler(**options, clip_sample=False, set_alpha_to_one=False)
 
-    def _prediction_type(self, unet: UNet2DConditionModel) -> PredictionType:
-        said = {
-            "v": "v_prediction",
-            "v_prediction": "v_prediction",
-            "epsilon": "epsilon",
-            "eps": "epsilon",
-        }.get(self._metadata.get("modelspec.prediction_type", "").lower())
-        marked = "v_prediction" if "v_pred" in self._tensors else None
-        if said and marked and said != marked:
-            raise ModelError(f"{self.path} contradicts itself: marked for v-prediction, but its header says {said}.")
-        known = marked or said
-        if known:
-            return "v_prediction" if known == "v_prediction" else "epsilon"
-        # SD 1.x and SDXL without a mark are epsilon; SD 2.x was published as both.
-        return "epsilon" if self.family != "sd2" else probe_prediction_type(unet)
+    def prediction_type(self, unet: UNet2DConditionModel | None = None) -> PredictionType:
+        """What the U-Net predicts, as the file says; if it does not, by asking the U-Net.
+
+        Raises:
+            ModelError: the file's marks contradict each other.
+        """
+        said = said_prediction_type(self.path, self.family, self._tensors, self._metadata)
+        return said or probe_prediction_type(self.unet() if unet is None else unet)
 
     def unet_config(self) -> dict[str, Any]:
         """What diffusers would have in `unet/config.json`."""
@@ -258,8 +251,26 @@ def open_checkpoint(path: Path) -> OriginalCheckpoint:
     Raises:
         ModelError: it is a pickle, damaged, or another kind of model; the message says which.
     """
-    with path.open("rb") as file:
-        start = file.read(16)
+    require_safetensors(path)
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {key: opened.get_tensor(key) for key in opened.keys() if not key.startswith("model_ema.")}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} cannot be read: {error}. Fetch it again.") from error
+    return OriginalCheckpoint(path, checkpoint_family(path, tensors), tensors, metadata)
+
+
+def require_safetensors(path: Path) -> None:
+    """
+    Raises:
+        ModelError: the file begins as no safetensors file does; a pickle is named.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}.") from error
     if start[8:9] != b"{":
         is_pickle = start[:2] == b"PK" or start[:1] == b"\x80" or path.suffix in (".ckpt", ".pt", ".bin")
         reason = (
@@ -268,13 +279,30 @@ def open_checkpoint(path: Path) -> OriginalCheckpoint:
             else "it is not a safetensors file. Fetch it again"
         )
         raise ModelError(f"{path} cannot be used: {reason}.")
-    try:
-        with safe_open(path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys() if not key.startswith("model_ema.")}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} cannot be read: {error}. Fetch it again.") from error
-    return OriginalCheckpoint(path, checkpoint_family(path, tensors), tensors, metadata)
+
+
+def said_prediction_type(
+    path: Path, family: FamilyName, names: Container[str], metadata: Mapping[str, str]
+) -> PredictionType | None:
+    """What a checkpoint predicts by its tensors' names and its header; None of an SD 2.x without a mark.
+
+    Raises:
+        ModelError: the marks contradict each other.
+    """
+    said = {
+        "v": "v_prediction",
+        "v_prediction": "v_prediction",
+        "epsilon": "epsilon",
+        "eps": "epsilon",
+    }.get(metadata.get("modelspec.prediction_type", "").lower())
+    marked = "v_prediction" if "v_pred" in names else None
+    if said and marked and said != marked:
+        raise ModelError(f"{path} contradicts itself: marked for v-prediction, but its header says {said}.")
+    known = marked or said
+    if known:
+        return "v_prediction" if known == "v_prediction" else "epsilon"
+    # SD 1.x and SDXL without a mark are epsilon; SD 2.x was published as both.
+    return None if family == "sd2" else "epsilon"
 
 
 def checkpoint_family(path: Path, tensors: Mapping[str, Any]) -> FamilyName:

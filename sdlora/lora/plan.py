@@ -63,9 +63,14 @@ class AdapterPlan:
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of the tensors in the written file: the factors and one alpha a layer, without the header."""
+        """Bytes of the tensors in a file in fp16: the factors and one alpha a layer, without the header."""
         # DoRA's lengths are written in fp32.
         return _BYTES_PER_NUMBER * (self.num_parameters + self.num_lengths + self.num_layers)
+
+    def file_bytes_in(self, dtype: str) -> int:
+        """The same of a file in "fp16", "bf16" or "fp32"."""
+        doubled = self.num_parameters - self.num_lengths + self.num_layers
+        return self.file_bytes + (_BYTES_PER_NUMBER * doubled if dtype == "fp32" else 0)
 
     @property
     def num_lengths(self) -> int:

@@ -34,9 +34,10 @@ _LATER = (
     *("debiased_estimation_loss", "loss_type", "multires_noise_iterations", "multires_noise_discount", "num_repeats"),
     *("pretrained_model_name_or_path", "network_module", "network_args", "network_train_unet_only", "xformers"),
     *("network_train_text_encoder_only", "optimizer_args", "min_timestep", "max_timestep", "sdpa"),
+    "save_precision",
 )
 _OURS = (
-    *("cache_latents", "cache_latents_to_disk", "enable_bucket", "save_model_as", "save_precision", "persistent"),
+    *("cache_latents", "cache_latents_to_disk", "enable_bucket", "save_model_as", "persistent"),
     *("max_data_loader_n_workers", "persistent_data_loader_workers", "logging_dir", "log_with", "train_data_dir"),
     *("output_dir", "caption_extension", "bucket_no_upscale", "min_bucket_reso", "max_bucket_reso", "max_token_length"),
     *("bucket_reso_steps", "lowram", "no_half_vae", "prior_loss_weight", "save_every_n_epochs", "v2", "image_dir"),
@@ -100,6 +101,9 @@ def _read(values: Mapping[str, Any], foreign: Foreign) -> Foreign:
     precision = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}.get(str(values.get("mixed_precision")))
     if precision:
         settings["model.precision"] = precision
+    saved = {"float": "fp32", "fp32": "fp32", "bf16": "bf16"}.get(str(values.get("save_precision")))
+    if saved:
+        settings["output.dtype"] = saved
     if values.get("xformers") is True:
         settings["model.attention"] = "xformers"
     _objective(values, settings)

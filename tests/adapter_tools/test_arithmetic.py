@@ -129,10 +129,20 @@ def test_what_a_low_rank_tuning_changed_is_extracted_exactly(shape: tuple[int, .
     assert extract_pairs(tuned, base, rank=4, energy=0.5)["a"].rank < 3
 
 
-def test_models_that_do_not_fit_or_do_not_differ_are_refused() -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_same_numbers_in_a_coarser_format_are_no_change_and_a_real_change_is_one(dtype: torch.dtype) -> None:
+    fine = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
+    coarse = fine.to(dtype)
+    for tuned, base in ((fine, coarse), (coarse, fine), (coarse.float(), fine), (coarse, coarse)):
+        assert extract_pairs({"a": tuned}, {"a": base}, rank=2) == {}
+    changed = coarse.clone()
+    changed[0, 0] = torch.nextafter(changed[0, 0].float(), torch.tensor(9.0)) + 0.1
+    assert extract_pairs({"a": changed}, {"a": fine}, rank=2)["a"].rank == 2
+
+
+def test_models_that_do_not_fit_are_refused_and_equal_ones_give_nothing() -> None:
     base = {"a": torch.ones(4, 4)}
-    with pytest.raises(AdapterError, match="nothing to extract"):
-        extract_pairs(base, base, rank=2)
+    assert extract_pairs(base, base, rank=2) == {}
     with pytest.raises(AdapterError, match="same layers"):
         extract_pairs({"c": torch.ones(4, 4)}, base, rank=2)
     with pytest.raises(AdapterError, match=r"\[4, 5\] in one model"):

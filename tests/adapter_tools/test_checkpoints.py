@@ -127,26 +127,6 @@ def test_what_cannot_be_baked_is_said_and_nothing_is_written(tmp_path: Path) -> 
     assert not target.exists() and not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_an_adapter_is_taken_out_of_two_files_again(tmp_path: Path) -> None:
-    pipeline = pipeline_of("sdxl")
-    base = write_original(tmp_path / "base.safetensors", pipeline, "sdxl")
-    pairs = random_pairs(pipeline.unet, targets=("attn2.to_k", "attn1.to_q"), alpha=2.0)
-    ink = write(tmp_path / "ink.safetensors", pairs, family="sdxl")
-    run("bake", tmp_path / "tuned.safetensors", ink, "--base", base)
-    again = tmp_path / "again.safetensors"
-    run("extract", tmp_path / "tuned.safetensors", base, again, "--rank", 4, "--targets", "attention")
-    original, extracted = read_adapter(ink), read_adapter(again)
-    assert extracted.unet.keys() == original.unet.keys()
-    for path, pair in original.unet.items():
-        wanted = pair.scale * pair.up.double() @ pair.down.double()
-        found = extracted.unet[path]
-        got = found.scale * found.up.double() @ found.down.double()
-        assert float((got - wanted).norm() / wanted.norm()) < 5e-3
-    sd1 = write_original(tmp_path / "sd1.safetensors", pipeline_of("sd1"), "sd1")
-    with pytest.raises(AdapterError, match=r"but .* is sd1"):
-        run("extract", tmp_path / "tuned.safetensors", sd1, again)
-
-
 @pytest.mark.slow
 def test_memory_stays_near_one_tensor(tmp_path: Path) -> None:
     """400 MB beside a small model: the process grows by a tenth of that."""

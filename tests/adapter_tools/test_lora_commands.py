@@ -15,9 +15,7 @@ from sdlora.adapter_file import AdapterMetadata, LoraPair, read_adapter, write_a
 from sdlora.cli_lora import app
 from sdlora.errors import AdapterError, AdapterFileError
 from tests.adapters.builders import (
-    difference as largest,
-)
-from tests.adapters.builders import (
+    TEXT,
     draw,
     kohya_tensors,
     old_diffusers_tensors,
@@ -27,6 +25,10 @@ from tests.adapters.builders import (
     save,
     simple_pairs,
 )
+from tests.adapters.builders import (
+    difference as largest,
+)
+from tests.adapters.golden.make import FOLDER as GOLDEN
 from tests.tiny import tiny_sd1
 
 INK = AdapterMetadata(
@@ -141,6 +143,7 @@ def test_every_dialect_draws_the_same_in_plain_diffusers(tmp_path: Path, form: s
         random_pairs(tiny_sd1().unet, alpha=1.0),
         family="sd1",
         metadata=INK,
+        text_encoder=random_pairs(tiny_sd1().text_encoder, targets=TEXT, alpha=2.0, seed=1),
         dtype=torch.float32,
     )
     run("convert", original, tmp_path / "other.safetensors", "--format", form, "--dtype", "fp32")
@@ -161,7 +164,7 @@ def test_merge_is_the_weighted_sum_and_names_both_triggers(ink: Path, blob: Path
         assert pair.rank == 10
         assert torch.allclose(dense(pair), 0.7 * dense(a.unet[path]) + 0.5 * dense(b.unet[path]), atol=1e-6)
     assert both.metadata["modelspec.trigger_phrase"] == "ink style, blob style"
-    assert "at most" in run("merge", target, ink, blob, "--rank", "3")
+    assert "at most" in run("merge", target, ink, blob, "--rank", "3", "--overwrite")
     assert {pair.rank for _, _, pair in read_adapter(target).pairs()} == {3}
 
 
@@ -176,7 +179,7 @@ def test_resize_says_what_was_lost(ink: Path, tmp_path: Path) -> None:
     assert "Lost of each layer's change" in run("resize", ink, target, "--rank", 2, "--dtype", "fp32")
     assert {pair.rank for _, _, pair in read_adapter(target).pairs()} == {2}
     with pytest.raises(AdapterError, match="give a rank"):
-        run("resize", ink, target)
+        run("resize", ink, tmp_path / "other.safetensors")
 
 
 def test_diff_is_silent_about_rounding_and_loud_about_change(ink: Path, blob: Path, tmp_path: Path) -> None:
@@ -242,3 +245,71 @@ def test_bake_extract_and_verify_agree(tmp_path: Path) -> None:
         assert torch.allclose(dense(again.unet[path]), 0.5 * dense(pair), atol=2e-3 * float(dense(pair).abs().max()))
     with pytest.raises(AdapterError, match="is there already"):
         run("bake", tmp_path / "baked", ink, "--base", base)
+
+
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys:RuntimeWarning")
+def test_verify_compares_the_text_encoders_too(tmp_path: Path) -> None:
+    """Alphas that differ are lost by diffusers on text encoders, and nowhere else in this file."""
+    base = tmp_path / "base"
+    tiny_sd1().save_pretrained(base)
+    unet = kohya_tensors(random_pairs(tiny_sd1().unet, alpha=4.0))
+    text = random_pairs(tiny_sd1().text_encoder, targets=TEXT, alpha=lambda path: 1.0 if "fc1" in path else 4.0)
+    text = {f"text_model.{path.removeprefix('text_model.')}": pair for path, pair in text.items()}
+    mixed = save(tmp_path / "mixed.safetensors", unet | kohya_tensors(text, "lora_te_"))
+    run("metadata", mixed, "--set", "sdlora.family=sd1")
+    said = run("verify", mixed, "--base", base, code=1)
+    assert "Not the same" in said and "text encoder: largest change" in said
+    # Written by us it is the same there, for every part.
+    run("convert", mixed, tmp_path / "ours.safetensors", "--dtype", "fp32")
+    assert "The same." in run("verify", tmp_path / "ours.safetensors", "--base", base)
+
+
+def test_what_diffusers_refuses_is_one_sentence_of_verify(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tiny_sd1().save_pretrained(base)
+    loha, plain = tmp_path / "loha.safetensors", tmp_path / "plain.safetensors"
+    loha.write_bytes((GOLDEN / "loha.safetensors").read_bytes())
+    with pytest.raises(
+        AdapterError, match=r"we load it, diffusers does not \(.*\)\. `sdlora lora convert --format peft`"
+    ):
+        run("verify", loha, "--base", base)
+    run("metadata", loha, "--set", "sdlora.family=sd1")
+    run("convert", loha, plain, "--format", "peft", "--dtype", "fp32")
+    assert "The same." in run("verify", plain, "--base", base)
+
+
+def test_loha_and_lokr_become_plain_loras_of_a_rank_and_what_is_lost_is_told(tmp_path: Path) -> None:
+    """LoKr of full rank is read as a matrix; the file that `resize` makes of it is small, and diffusers loads it."""
+    for name in ("loha", "lokr"):
+        source, target = tmp_path / f"{name}.safetensors", tmp_path / f"plain-{name}.safetensors"
+        source.write_bytes((GOLDEN / f"{name}.safetensors").read_bytes())
+        run("metadata", source, "--set", "sdlora.family=sd1")
+        whole = read_adapter(source)
+        said = run("resize", source, target, "--rank", 2, "--dtype", "fp32")
+        lost = []
+        for part, path, pair in read_adapter(target).pairs():
+            before = whole.part(part)[path]
+            values = torch.linalg.svdvals(
+                before.scale * before.up.flatten(1).double() @ before.down.flatten(1).double()
+            )
+            gap = before.scale * before.up.flatten(1).double() @ before.down.flatten(1).double()
+            gap -= pair.scale * pair.up.flatten(1).double() @ pair.down.flatten(1).double()
+            assert pair.rank <= 2
+            assert float(gap.norm()) == pytest.approx(float(values[2:].norm()), rel=1e-4, abs=1e-6)
+            lost.append(float(values[2:].norm() / values.norm()))
+        assert f"{max(lost):.1%} at most" in said and max(lost) > 0.01
+        (line,) = run("inspect", "--json", target).splitlines()
+        assert json.loads(line)["methods"] == ["LoRA"]
+        assert {tool["tool"]: tool["loads"] for tool in json.loads(line)["tools"]}["diffusers"] == "yes"
+
+
+def test_a_dora_says_the_way_out_of_every_tool_that_needs_its_base(tmp_path: Path) -> None:
+    dora = GOLDEN / "dora_by_row.safetensors"
+    for command in (
+        ("resize", dora, tmp_path / "a.safetensors", "--rank", 2),
+        ("merge", tmp_path / "a.safetensors", dora),
+        ("diff", dora, dora),
+    ):
+        with pytest.raises(AdapterError, match="Put it into the base with `sdlora lora bake`"):
+            run(*command)
+    assert not (tmp_path / "a.safetensors").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import hashlib
 import json
 import socket
 import zipfile
@@ -249,6 +250,30 @@ def test_the_library_lists_what_lies_there_and_finds_by_any_hash(ink: Path, tmp_
     assert bare.exists()
 
 
+def test_the_library_finds_by_every_kind_of_hash(tmp_path: Path) -> None:
+    """Worked out from the bytes here; AutoV1 and the old hash of small files are those of nothing, and find none."""
+    small = save(tmp_path / "small.safetensors", kohya_tensors(simple_pairs(width=768)))
+    pairs = simple_pairs(rank=400, width=768)
+    large = write_adapter(tmp_path / "large.safetensors", pairs, family="sd1", metadata=METADATA, dtype=torch.float32)
+    content = large.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    hashes = {
+        "AutoV1": hashlib.sha256(content[2**20 : 2**20 + 2**16]).hexdigest()[:8],
+        "AutoV2": hashlib.sha256(content).hexdigest()[:10],
+        "AutoV3": hashlib.sha256(content[start:]).hexdigest()[:12],
+        "SHA-256": hashlib.sha256(content).hexdigest(),
+        "sshs_model_hash": hashlib.sha256(content[start:]).hexdigest(),
+        "sshs_legacy_hash": header_of(large)["sshs_legacy_hash"],
+    }
+    assert len(content) > 2**20 + 2**16 and len(set(hashes.values())) == len(hashes)
+    for digits in hashes.values():
+        (line,) = run("library", tmp_path, "--find", digits.upper()).splitlines()
+        assert line.startswith(str(large))
+    nothing = hashlib.sha256(b"").hexdigest()[:8]
+    assert hashlib.sha256(small.read_bytes()[2**20 :]).hexdigest().startswith(nothing)
+    run("library", tmp_path, "--find", nothing, code=1)
+
+
 # --- privacy --------------------------------------------------------------------------------------------------------
 
 
@@ -303,3 +328,39 @@ def test_no_caption_path_folder_user_or_host_is_in_anything_that_is_shared(tmp_p
         read_adapter(adapter).unet[next(iter(read_adapter(adapter).unet))].down,
         read_adapter(shared / "ink.safetensors").unet[next(iter(read_adapter(adapter).unet))].down,
     )
+
+
+def test_what_another_trainer_wrote_of_its_user_stays_here(tmp_path: Path) -> None:
+    """kohya's captions, folders, comments and model paths, through every tool that makes a file to share of one."""
+    folder = tmp_path / "folder-canary"
+    folder.mkdir()
+    private = {
+        "ss_tag_frequency": json.dumps({"10_canary": {"caption canary": 3}}),
+        "ss_dataset_dirs": json.dumps({"10_canary": {"n_repeats": 10, "img_count": 4}}),
+        "ss_datasets": json.dumps([{"subsets": [{"image_dir": "/home/canary/pictures"}]}]),
+        "ss_output_name": "name canary",
+        "ss_training_comment": "canary",
+        "ss_sd_model_name": "/home/canary/models/base.safetensors",
+        "ss_vae_name": "canary.pt",
+        "ss_session_id": "canary",
+        "ss_learning_rate": "1e-4 /home/canary",
+        "sdlora.secret": "canary",
+        "ssmd_cover_images": '["Y2FuYXJ5 canary"]',
+    }
+    pairs = simple_pairs(width=768)
+    source = save(folder / "ink.safetensors", kohya_tensors(pairs), {**private, "ss_steps": "400"})
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    run("convert", source, shared / "converted.safetensors")
+    run("convert", source, shared / "peft.safetensors", "--format", "peft")
+    run("resize", source, shared / "resized.safetensors", "--rank", 2)
+    run("merge", shared / "merged.safetensors", source, source)
+    run("publish", source, shared / "folder", "--license", "mit")
+    run("publish", source, shared / "a.zip", "--license", "mit")
+    published = [path for path in shared.rglob("*") if path.is_file()]
+    assert len(published) == 8
+    for path in published:
+        assert b"canary" not in path.read_bytes(), path.name
+    assert header_of(shared / "converted.safetensors")["ss_steps"] == "400"
+    run("metadata", "strip", source)
+    assert b"canary" not in source.read_bytes()

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save
 
 from sdlora.adapter_file import read_adapter
+from sdlora.adapter_tools import inspect_adapter
 from sdlora.errors import AdapterError
 
 from .builders import kohya_tensors, peft_metadata, peft_tensors, simple_pairs
@@ -152,6 +153,8 @@ def read_or_refuse(content: bytes, path: Path) -> bool:
     path.write_bytes(content)
     try:
         read_adapter(path)
+        # What is read can be described, whatever its header says.
+        inspect_adapter(path)
     except AdapterError as error:
         assert "\n" not in str(error) and len(str(error)) < 1000
         return False

@@ -36,6 +36,7 @@ min_snr_gamma = 5.0
 multires_noise_iterations = 6
 multires_noise_discount = 0.3
 mixed_precision = "fp16"
+save_precision = "float"
 resolution = "1024,1024"
 seed = 42
 clip_skip = 2
@@ -128,6 +129,7 @@ def test_a_kohya_configuration(tmp_path: Path) -> None:
     assert (config.data.resolution, config.data.flip, config.data.caption_dropout) == (1024, True, 0.0)
     assert (config.train.snr_gamma, config.objective.multires_discount) == (5.0, 0.3)
     assert (config.model.precision, config.train.seed, config.train.batch_size) == ("fp16", 42, 2)
+    assert config.output.dtype == "fp32"
     assert set(made.without) >= {"clip_skip", "shuffle_caption"}
     assert "cache_latents" not in made.without
     assert config.lora.text_encoder and config.optimizer.text_encoder_learning_rate == pytest.approx(5e-5)

@@ -90,6 +90,23 @@ def test_convolutions_are_trained_saved_and_loaded_by_plain_diffusers(tmp_path: 
     assert difference(live[0], base) > 0.05
 
 
+def test_the_file_has_the_format_that_was_asked_for(tmp_path: Path) -> None:
+    """The same run three times: fp32 has every bit, the others what rounding leaves of them."""
+    read = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        trainer = make_trainer(tmp_path / name, output={"dtype": name}, train=ONE_STEP)
+        list(trainer.run())
+        path = tmp_path / name / "ink.safetensors"
+        read[name] = read_adapter(path).unet
+        assert {tensor.dtype for pair in read[name].values() for tensor in (pair.down, pair.up)} == {dtype}
+        assert tensor_bytes(path) == trainer.adapter_plan.file_bytes_in(name)
+    for layer, whole in read["fp32"].items():
+        assert whole.up.abs().max() > 0 and not torch.equal(whole.down, whole.down.half().float())
+        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            assert torch.equal(read[name][layer].down, whole.down.to(dtype))
+            assert torch.equal(read[name][layer].up, whole.up.to(dtype))
+
+
 def test_rslora_is_folded_into_the_file(tmp_path: Path) -> None:
     settings = [{"rank": 4, "alpha": 3.0, "rslora": True}, {"rank": 4, "alpha": 6.0}]
     for number, lora in enumerate(settings):
