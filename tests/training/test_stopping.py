@@ -56,8 +56,9 @@ def test_copying_is_what_fell_further_on_the_own_pictures() -> None:
 def test_stopping_needs_held_out_pictures_and_saves_more_often() -> None:
     with pytest.raises(ConfigError, match=r"validation\.stop needs held-out pictures"):
         load_config(None, ["data.path=x", "validation.stop=patience"])
-    config = load_config(None, ["data.path=x", "validation.stop=patience", "validation.path=y"])
-    assert len(plan_length(40, config).save_steps) == 20
+    for source in ("path=y", "share=0.2", "count=2"):
+        config = load_config(None, ["data.path=x", "validation.stop=patience", f"validation.{source}"])
+        assert len(plan_length(40, config).save_steps) == 20
     assert len(plan_length(40, load_config(None, ["data.path=x"])).save_steps) == 5
 
 
