@@ -95,6 +95,20 @@ def test_a_run_ends_itself_and_its_best_save_is_the_result(tmp_path: Path) -> No
     assert copied[1] == pytest.approx(-0.2)  # own pictures stand still, held-out ones fall by a fifth
 
 
+def test_a_run_that_ends_itself_is_the_whole_run_up_to_there(tmp_path: Path) -> None:
+    list(stopping(tmp_path / "short", LOSSES).run())
+    # Falling to the end.
+    whole = stopping(tmp_path / "whole", [float(11 - step) for step in range(11)])
+    events = list(whole.run())
+    assert isinstance(events[-1], RunFinished) and events[-1].step == 10
+    hashes = [
+        read_adapter(tmp_path / folder / "checkpoints" / name / f"ink-{name}.safetensors").tensor_sha256
+        for name in ("step-000002", "step-000004")
+        for folder in ("short", "whole")
+    ]
+    assert hashes[0] == hashes[1] != hashes[2] == hashes[3]
+
+
 @pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_stop_by_hand_does_not_change_where_it_ends(tmp_path: Path, stop: int) -> None:
     list(stopping(tmp_path / "whole", LOSSES).run())
