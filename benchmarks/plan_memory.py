@@ -32,6 +32,11 @@ CASES: dict[str, dict[str, Any]] = {
         "train.batch_size": 32,
         "model.gradient_checkpointing": True,
     },
+    "embedded base, batch 32, text encoder": {
+        "model.base": "tiny",
+        "train.batch_size": 32,
+        "lora.text_encoder": True,
+    },
     "narrow SD 1.5, 256 pixels, batch 8": {
         "model.base": "narrow",
         "train.batch_size": 8,

@@ -1,6 +1,6 @@
 """What our training step costs beside the arithmetic it cannot do without, and beside the usual loop.
 
-    python benchmarks/step.py [--precision fp32 bf16] [--rounds 5]
+    python benchmarks/step.py [--precision fp32 bf16] [--rounds 5] [--processor-time]
 
 On a random checkpoint of SD 1.5's exact shapes at 256 pixels, batch 1, in one process, the three taking turns:
 
@@ -8,7 +8,8 @@ On a random checkpoint of SD 1.5's exact shapes at 256 pixels, batch 1, in one p
 - full: a step of `Trainer`, with everything it does (data, noise, loss, clipping, AdamW, events);
 - stock: the loop of the diffusers and peft documentation, with VAE and text encoder in it.
 
-To reach: full / bare <= 1.05; full / stock <= 0.76 in the same precision, and <= 0.36 with bf16 against stock fp32.
+To reach: full / bare <= 1.05; full / stock <= 0.76 in the same precision, and <= 0.36 with the default precision of a
+CPU that multiplies bf16 (bf16, which needs --precision fp32 bf16 to be told) against stock fp32.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdlora.config import TrainConfig
-from sdlora.events import StepDone
+from sdlora.events import CheckpointSaved, Event, RunFinished, StepDone
 from sdlora.families import Components, PromptEmbeds
 from sdlora.families.sd import SD1
 from sdlora.families.shapes import STANDARD
@@ -74,12 +75,14 @@ def bare_step(unet: UNet2DConditionModel, precision: Precision) -> Callable[[], 
     return step
 
 
-def full_steps(unet: UNet2DConditionModel, precision: Precision, folder: Path, count: int) -> Iterator[Any]:
+def full_run(unet: UNet2DConditionModel, precision: Precision, folder: Path, count: int) -> Iterator[Event]:
+    """The events of a run of `count` steps that saves after the last but one."""
     config = TrainConfig.model_validate(
         {
             "data": {"path": "none"},
             "lora": {"rank": RANK, "targets": "attention"},
-            "train": {"exposures": count, "batch_size": 1},
+            # A run's saves are minutes apart; what one takes is told by itself.
+            "train": {"exposures": count, "batch_size": 1, "save_every": count - 1},
         }
     )
     latents = LatentDistribution(torch.randn(4, SIDE // 8, SIDE // 8), torch.full((4, SIDE // 8, SIDE // 8), 0.1))
@@ -93,7 +96,7 @@ def full_steps(unet: UNet2DConditionModel, precision: Precision, folder: Path, c
         run_dir=RunDir(folder, "step"),
         precision=precision,
     )
-    return (event for event in trainer.run() if isinstance(event, StepDone))
+    return trainer.run()
 
 
 def stock_step(unet: UNet2DConditionModel, vae: Any, text_encoder: Any, dtype: torch.dtype) -> Callable[[], None]:
@@ -124,8 +127,8 @@ def stock_step(unet: UNet2DConditionModel, vae: Any, text_encoder: Any, dtype: t
     return step
 
 
-def measure(name: str, rounds: int, folder: Path) -> dict[str, float]:
-    """Median seconds of each."""
+def measure(name: str, rounds: int, folder: Path, clock: Callable[[], float]) -> dict[str, float]:
+    """Median seconds of each, and those of one save."""
     precision = Precision(name, "cpu")  # type: ignore[arg-type]
     dtype = precision.weight_dtype
     shapes = STANDARD["sd1"]
@@ -135,17 +138,20 @@ def measure(name: str, rounds: int, folder: Path) -> dict[str, float]:
     text = build(CLIPTextModel, CLIPTextConfig(hidden_size=768, intermediate_size=3072), dtype)
     bare = bare_step(shared_copy(unet), precision)
     stock = stock_step(shared_copy(unet), vae, text, dtype)
-    ours = full_steps(shared_copy(unet), precision, folder / name, rounds + 2)
+    ours = full_run(shared_copy(unet), precision, folder / name, rounds + 2)
     (folder / name).mkdir()
     seconds: dict[str, list[float]] = {"bare": [], "full": [], "stock": []}
     for number in range(rounds + 1):
         for kind, step in (("bare", bare), ("full", lambda: next(ours)), ("stock", stock)):
-            started = time.perf_counter()
+            started = clock()
             step()
             # The first round warms up.
             if number:
-                seconds[kind].append(time.perf_counter() - started)
-    list(ours)
+                seconds[kind].append(clock() - started)
+    started = clock()
+    saved = next(ours)
+    seconds["save"] = [clock() - started]
+    assert isinstance(saved, CheckpointSaved) and all(isinstance(event, StepDone | RunFinished) for event in ours)
     return {kind: statistics.median(values) for kind, values in seconds.items()}
 
 
@@ -153,15 +159,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--precision", nargs="*", default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--processor-time", action="store_true", help="of one thread, beside other work")
     args = parser.parse_args()
+    if args.processor_time:
+        torch.set_num_threads(1)
+    clock = time.process_time if args.processor_time else time.perf_counter
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as place:
         for name in args.precision:
-            found[name] = seconds = measure(name, args.rounds, Path(place))
+            found[name] = seconds = measure(name, args.rounds, Path(place), clock)
             print(
                 f"{name}: bare {seconds['bare']:.2f} s, full {seconds['full']:.2f} s, stock {seconds['stock']:.2f} s; "
                 f"full / bare {seconds['full'] / seconds['bare']:.3f}, "
-                f"full / stock {seconds['full'] / seconds['stock']:.3f}",
+                f"full / stock {seconds['full'] / seconds['stock']:.3f}; "
+                f"a save {seconds['save']:.2f} s, {seconds['save'] / seconds['full']:.0%} of a step",
                 flush=True,
             )
     if {"fp32", "bf16"} <= found.keys():

@@ -20,6 +20,7 @@ from sdlora.cli_lora import app as lora_app
 from sdlora.cli_runs import app as runs_app
 from sdlora.cli_stack import app as stack_app
 from sdlora.errors import GenerationError, SdloraError
+from sdlora.options import as_overrides
 
 if TYPE_CHECKING:
     from sdlora.config import TrainConfig
@@ -239,24 +240,10 @@ def resume(
 
 
 def _train_config(config: Path | None, given: Mapping[str, object], settings: Sequence[str]) -> TrainConfig:
-    """File, options and `--set`, the last one wins; without a file the embedded base gets what suits it."""
-    from sdlora import embedded
+    """File, options and `--set`, the last one wins."""
     from sdlora.config import load_config
 
-    from_options = [f"{key}={_toml_value(value)}" for key, value in given.items() if value is not None]
-    suited = embedded.TRAINING if given.get("model.base") == "tiny" and config is None else ()
-    return load_config(config, [*suited, *from_options, *settings])
-
-
-def _toml_value(value: object) -> str:
-    """A command-line value as the right-hand side of `--set`."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
-    import json
-
-    return json.dumps(str(value), ensure_ascii=False)
+    return load_config(config, as_overrides(config, given, settings))
 
 
 @app.command()

@@ -501,8 +501,11 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _stops_by_something(self) -> Self:
-        if self.validation.stop != "never" and self.validation.path is None:
-            raise ValueError("validation.stop needs held-out pictures: give their folder as validation.path")
+        held_out = self.validation.path or self.validation.share or self.validation.count
+        if self.validation.stop != "never" and not held_out:
+            raise ValueError(
+                "validation.stop needs held-out pictures: give their folder as validation.path, or validation.share"
+            )
         return self
 
 

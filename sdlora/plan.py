@@ -97,11 +97,11 @@ def plan_run(
     memory = {
         "libraries": libraries,
         "base": step.weight_bytes,
+        **({"text encoders": step.text_weight_bytes} if step.text_weight_bytes else {}),
         "adapter and optimizer": round(4 * kept * step.adapter_parameters),
         "activations and gradients": round(heap * step.peak_bytes),
-        **({"encoders for previews": encoders} if config.preview.prompts else {}),
+        **({"encoders for previews": encoders - step.text_weight_bytes} if config.preview.prompts else {}),
     }
-    file_bytes = (4 if config.output.dtype == "fp32" else 2) * step.adapter_parameters
     # A pass has `batch_size` pictures, a step as many passes as are accumulated.
     flops = step.flops * config.train.gradient_accumulation
     rate = None if flops_per_second is None else flops_per_second * _REACHED
@@ -112,13 +112,13 @@ def plan_run(
         images=len(examples),
         target_hw=target_hw,
         adapter_parameters=step.adapter_parameters,
-        file_bytes=file_bytes,
+        file_bytes=step.file_bytes,
         memory=memory,
         encoding_bytes=libraries + step.weight_bytes + encoders + round(heap * encode.peak_bytes),
         step_flops=flops,
         seconds_per_step=seconds_per_step,
         seconds=None if rate is None else (flops * length.steps + views * encode.flops) / rate,
-        disk_bytes=len(length.save_steps) * file_bytes + round(4 * kept * step.adapter_parameters) * (KEPT + 1),
+        disk_bytes=len(length.save_steps) * step.file_bytes + round(4 * kept * step.adapter_parameters) * (KEPT + 1),
         base_known=shapes.known,
     )
 

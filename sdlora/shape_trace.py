@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -20,9 +21,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import CLIPTextConfig
 
+from sdlora.adapter_file import PARTS, Part
 from sdlora.config import TrainConfig
-from sdlora.families import BaseShapes, detect_family
+from sdlora.families import BaseShapes, ModelFamily, detect_family
 from sdlora.lora import LiveAdapter, plan_layers
 from sdlora.precision import Precision
 
@@ -39,7 +42,11 @@ class StepTrace:
 
     weight_bytes: int
     """The frozen U-Net."""
+    text_weight_bytes: int
+    """The frozen text encoders, if they are adapted; else 0."""
     adapter_parameters: int
+    file_bytes: int
+    """Of the adapter's file, without its header."""
     peak_bytes: int
     """The most that activations and gradients take at one time, on top of the weights."""
     flops: int
@@ -70,15 +77,21 @@ def trace_step(
     unet.requires_grad_(False).train()
     nn.Module.to(unet, dtype=precision.weight_dtype)
     weight_bytes = _bytes_of(unet)
-    adapter = plan_layers({"unet": unet}, detect_family(shapes.unet), config.lora)
-    LiveAdapter({"unet": unet}, adapter, dropout=config.lora.dropout)
+    family = detect_family(shapes.unet)
+    encoders = _text_encoders(shapes, family, precision) if config.lora.text_encoder else ()
+    models: dict[Part, nn.Module] = {"unet": unet, **dict(zip(PARTS[1:], encoders, strict=False))}
+    adapter = plan_layers(models, family, config.lora)
+    text_weight_bytes = sum(map(_bytes_of, encoders))
+    LiveAdapter(models, adapter, dropout=config.lora.dropout)
     if config.model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     inputs = _unet_inputs(unet, batch_size, height, width, precision.weight_dtype)
-    with _fused_attention(), _products_in(precision.weight_dtype), _Tally(unet, inputs) as tally:
-        predicted = unet(*inputs[:3], added_cond_kwargs=inputs[3]).sample
+    with _fused_attention(), _products_in(precision.weight_dtype), _Tally(unet, *encoders, inputs) as tally:
+        conditions = _read(family, encoders, batch_size) if encoders else inputs[2:]
+        predicted = unet(*inputs[:2], conditions[0], added_cond_kwargs=conditions[1]).sample
         torch.autograd.backward(predicted.float().square().mean())
-    return StepTrace(weight_bytes, adapter.num_parameters, tally.peak, tally.flops)
+    file_bytes = adapter.file_bytes_in(config.output.dtype)
+    return StepTrace(weight_bytes, text_weight_bytes, adapter.num_parameters, file_bytes, tally.peak, tally.flops)
 
 
 def trace_encode(shapes: BaseShapes, *, target_hw: tuple[int, int]) -> EncodeTrace:
@@ -185,6 +198,33 @@ def _unet_inputs(
         _empty(dtype, batch_size, _TOKENS, config.cross_attention_dim),
         added,
     )
+
+
+def _text_encoders(shapes: BaseShapes, family: ModelFamily, precision: Precision) -> tuple[nn.Module, ...]:
+    """Frozen, in the number format that they are loaded in."""
+    dtype = torch.float32 if precision.device_type == "cpu" else precision.weight_dtype
+    with _META:
+        encoders = [
+            encoder_class(CLIPTextConfig(**config))
+            for encoder_class, config in zip(family.text_encoder_classes, shapes.text, strict=True)
+        ]
+    return tuple(encoder.to(dtype=dtype).requires_grad_(False).train() for encoder in encoders)
+
+
+def _read(family: ModelFamily, encoders: Sequence[Any], batch_size: int) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """What the U-Net takes of as many captions, no two alike, with the gradient of what is trained in the encoders."""
+
+    class Tokens:
+        model_max_length = _TOKENS
+
+        def __call__(self, texts: Sequence[str], **options: Any) -> Any:
+            return SimpleNamespace(input_ids=_empty(torch.int64, len(texts), _TOKENS))
+
+    components = SimpleNamespace(tokenizers=(Tokens(),) * len(encoders), text_encoders=encoders)
+    embeds = family.encode_prompts(components, ["a caption"] * batch_size, with_gradient=True)  # type: ignore[arg-type]
+    embeds = embeds.to(dtype=torch.float32)
+    no_sizes = [(0, 0)] * batch_size
+    return embeds.encoder_hidden_states, family.added_cond_kwargs(embeds, no_sizes, no_sizes, no_sizes)
 
 
 def _empty(dtype: torch.dtype, *shape: int) -> Tensor:

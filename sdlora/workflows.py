@@ -208,7 +208,8 @@ def compare_adapters(
     say: Say,
     warn: Say,
 ) -> Path:
-    """A sheet: a row a prompt and seed, a column the base alone and each adapter at each weight.
+    """A sheet: a row a prompt and seed, a column the base alone and each adapter at each weight. If the last adapter
+    has a trigger that is in the prompts, one more column shows it, at the first weight, on the prompts without that.
 
     The cells of a row are one batch (`request.batch_size` at most), each drawn with weights of its own. Beside the
     sheet a page of the same name, .html, shows it in a browser.
@@ -230,16 +231,27 @@ def compare_adapters(
     for label, file in subject.files.items():
         for weight in weights:
             headings[f"{label} {weight:g}" if len(weights) > 1 or weight != 1 else label] = {names[file]: weight}
-    columns: dict[str, list[Image.Image]] = {heading: [] for heading in headings}
+    unasked = _without_trigger(files[-1], prompts)
+    last = f"{list(subject.files)[-1]}, no trigger"
+    columns: dict[str, list[Image.Image]] = {heading: [] for heading in [*headings, *([last] if unasked else [])]}
     for row, (prompt, seed) in zip(rows, cells, strict=True):
-        say(f"{row}: {len(headings)} pictures")
+        say(f"{row}: {len(columns)} pictures")
         pictures = draw_side_by_side(generator, prompt, seed, list(headings.values()), request)
+        if unasked:
+            pictures += draw_side_by_side(generator, unasked[prompt], seed, [{names[files[-1]]: weights[0]}], request)
         for column, picture in zip(columns.values(), pictures, strict=True):
             column.append(picture)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_sheet(columns, rows, path)
     write_page(columns, rows, path.with_suffix(".html"), title=f"{', '.join(subject.files)} on {Path(base).name}")
     return path
+
+
+def _without_trigger(adapter: Path, prompts: Sequence[str]) -> dict[str, str]:
+    """The prompts without the phrase that calls the adapter; empty if it has none or they do not have it."""
+    rules = CaptionRules(trigger=read_adapter(adapter).metadata.get("modelspec.trigger_phrase"))
+    without = {prompt: rules.compose_without_trigger(prompt) for prompt in prompts}
+    return without if rules.trigger and any(old != new for old, new in without.items()) else {}
 
 
 def train_with_progress(config: TrainConfig, dataset: ImageDataset, *, say: Say, stream: TextIO) -> Path:

@@ -346,6 +346,12 @@ def _components(parts: Mapping[str, Any], scheduler: Any, source: str, zeros_for
     vae_factor = 2 ** (len(vae.config.block_out_channels) - 1)
     sample_size = unet.config.sample_size
     side = sample_size if isinstance(sample_size, int) else max(sample_size)
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "epsilon" and scheduler.config.get("rescale_betas_zero_snr", False):
+        raise ModelError(
+            f"{source} contradicts itself: its noise schedule ends in pure noise (rescale_betas_zero_snr), which "
+            "epsilon cannot learn from. One of the two in its scheduler_config.json is wrong."
+        )
     return Components(
         family=parts["family"],
         unet=unet,
@@ -354,7 +360,7 @@ def _components(parts: Mapping[str, Any], scheduler: Any, source: str, zeros_for
         tokenizers=tuple(parts["tokenizers"]),
         text_encoders=tuple(parts["text_encoders"]),
         source=source,
-        prediction_type=scheduler.config.prediction_type,
+        prediction_type=prediction_type,
         default_resolution=side * vae_factor,
         size_step=vae_factor * 2 ** (len(unet.config.block_out_channels) - 1),
         zeros_for_empty_prompt=zeros_for_empty_prompt,

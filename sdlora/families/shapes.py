@@ -28,6 +28,8 @@ class BaseShapes:
     text_parameters: int
     known: bool = True
     """False: the base is not on this computer, and these are the shapes of its kind."""
+    text: tuple[Mapping[str, Any], ...] = ()
+    """The configurations of the text encoders as transformers has them."""
 
     @property
     def vae_factor(self) -> int:
@@ -57,11 +59,18 @@ def base_shapes(base: str) -> BaseShapes:
     path = Path(place)
     if path.is_file():
         checkpoint = open_checkpoint(path)
-        return BaseShapes(checkpoint.unet_config(), checkpoint.vae_config(), _count(path, _TEXT_PREFIXES))
+        text = tuple(config.to_dict() for config in checkpoint.text_configs())
+        return BaseShapes(checkpoint.unet_config(), checkpoint.vae_config(), _count(path, _TEXT_PREFIXES), text=text)
     text_files = [file for file in path.glob("text_encoder*/*.safetensors") if ".fp16." not in file.name]
     text_files = text_files or list(path.glob("text_encoder*/*.safetensors"))
-    unet, vae = (json.loads((path / part / "config.json").read_text(encoding="utf-8")) for part in ("unet", "vae"))
-    return BaseShapes(unet, vae, sum(_count(file) for file in text_files))
+    unet, vae = (_config(path / part) for part in ("unet", "vae"))
+    text = tuple(_config(folder) for folder in sorted(path.glob("text_encoder*")))
+    return BaseShapes(unet, vae, sum(_count(file) for file in text_files), text=text)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return found
 
 
 def _count(path: Path, prefixes: tuple[str, ...] = ("",)) -> int:
@@ -109,9 +118,28 @@ _SDXL: dict[str, Any] = _SD1 | {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
+
+
+def _text(width: int, layers: int, heads: int, activation: str) -> dict[str, Any]:
+    return {
+        "vocab_size": 49408,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "projection_dim": width,
+        "hidden_act": activation,
+    }
+
+
+_CLIP_L, _CLIP_H, _CLIP_G = (
+    _text(768, 12, 12, "quick_gelu"),
+    _text(1024, 23, 16, "gelu"),
+    _text(1280, 32, 20, "gelu"),
+)
 STANDARD: Mapping[str, BaseShapes] = {
-    "sd1": BaseShapes(_SD1, _VAE, 123_060_480, known=False),
-    "sd2": BaseShapes(_SD2, _VAE, 340_387_840, known=False),
-    "sdxl": BaseShapes(_SDXL, _VAE, 123_060_480 + 694_659_840, known=False),
+    "sd1": BaseShapes(_SD1, _VAE, 123_060_480, known=False, text=(_CLIP_L,)),
+    "sd2": BaseShapes(_SD2, _VAE, 340_387_840, known=False, text=(_CLIP_H,)),
+    "sdxl": BaseShapes(_SDXL, _VAE, 123_060_480 + 694_659_840, known=False, text=(_CLIP_L, _CLIP_G)),
 }
 """The published models' shapes, by family."""

@@ -68,14 +68,26 @@ class OriginalCheckpoint:
         self._fill(vae, lambda name: _VAE + vae_name(name, num_levels=num_levels), "VAE")
         return vae
 
-    def text_encoders(self) -> tuple[Any, ...]:
+    def text_configs(self) -> tuple[CLIPTextConfig, ...]:
         """One for SD 1.x and 2.x, two for SDXL."""
         if self.family == "sd1":
-            return (self._hugging_face_text(_SD1_TEXT),)
+            return (self._hugging_face_config(_SD1_TEXT),)
         if self.family == "sd2":
             # The pipeline takes the last but one layer, so the last is not built.
-            return (self._open_clip_text(_SD2_TEXT, CLIPTextModel, left_out=1),)
-        return self._hugging_face_text(_SDXL_TEXT), self._open_clip_text(_SDXL_TEXT_2, CLIPTextModelWithProjection)
+            return (self._open_clip_config(_SD2_TEXT, left_out=1),)
+        return self._hugging_face_config(_SDXL_TEXT), self._open_clip_config(_SDXL_TEXT_2)
+
+    def text_encoders(self) -> tuple[Any, ...]:
+        """Those of `text_configs`, with their weights."""
+        configs = self.text_configs()
+        if self.family == "sd1":
+            return (self._hugging_face_text(_SD1_TEXT, configs[0]),)
+        if self.family == "sd2":
+            return (self._open_clip_text(_SD2_TEXT, CLIPTextModel(configs[0])),)
+        return (
+            self._hugging_face_text(_SDXL_TEXT, configs[0]),
+            self._open_clip_text(_SDXL_TEXT_2, CLIPTextModelWithProjection(configs[1])),
+        )
 
     def tokenizers(self) -> tuple[Any, ...]:
         """In the order of the text encoders."""
@@ -164,30 +176,32 @@ class OriginalCheckpoint:
             "scaling_factor": _SCALING[self.family],
         }
 
-    def _hugging_face_text(self, prefix: str) -> CLIPTextModel:
-        """OpenAI's CLIP under transformers' own names, of which "text_model." comes and goes."""
+    def _hugging_face_config(self, prefix: str) -> CLIPTextConfig:
         inner = f"{prefix}text_model."
-        config = self._text_config(
+        return self._text_config(
             f"{inner}embeddings.token_embedding.weight",
             f"{inner}encoder.layers.0.mlp.fc1.weight",
             self._count(f"{inner}encoder.layers."),
             activation="quick_gelu",
         )
+
+    def _hugging_face_text(self, prefix: str, config: CLIPTextConfig) -> CLIPTextModel:
+        """OpenAI's CLIP under transformers' own names, of which "text_model." comes and goes."""
+        inner = f"{prefix}text_model."
         model = CLIPTextModel(config)
         self._fill(model, lambda name: f"{inner}{name.removeprefix('text_model.')}", "text encoder")
         return model
 
-    def _open_clip_text(self, prefix: str, cls: Any, *, left_out: int = 0) -> Any:
-        layers = self._count(f"{prefix}transformer.resblocks.") - left_out
-        config = self._text_config(
+    def _open_clip_config(self, prefix: str, *, left_out: int = 0) -> CLIPTextConfig:
+        return self._text_config(
             f"{prefix}token_embedding.weight",
             f"{prefix}transformer.resblocks.0.mlp.c_fc.weight",
-            layers,
+            self._count(f"{prefix}transformer.resblocks.") - left_out,
             activation="gelu",
             projection=self._tensors.get(f"{prefix}text_projection"),
         )
-        model = cls(config)
 
+    def _open_clip_text(self, prefix: str, model: Any) -> Any:
         def find(name: str) -> Tensor | None:
             joined = re.fullmatch(r"(.*)self_attn\.([qkv])_proj\.(weight|bias)", name)
             if joined is None:

@@ -28,6 +28,8 @@ class LiveAdapter:
     `up` [out, r] at zero, so that the adapter starts without effect (arXiv 2106.09685, sec. 4.1). The global random
     generator is left as it was. With a file to go on from, its change is the start, to the bit; `down` is brought to
     the size of a new one by a power of two, so that a learning rate means the same.
+
+    On a base of another format than fp32, forward passes are made under autocast.
     """
 
     def __init__(self, models: Mapping[Part, nn.Module], plan: AdapterPlan, *, dropout: float = 0.0, seed: int = 0):
@@ -46,6 +48,9 @@ class LiveAdapter:
             _inject(model, plan.layers[part], dropout)
             for path, layer in _lora_layers(model):
                 name, planned = layer_name(part, path), plan.layers[part][path]
+                # Autocast brings input and weights together; peft's cast of the input to fp32 before it changes no bit
+                # of a product. Dropout and the lengths of DoRA compute with that input themselves.
+                layer.cast_input_dtype_enabled = bool(dropout or planned.num_lengths)
                 known = plan.start.part(part)[path] if plan.start is not None else None
                 down, up = _start(planned, known, seed, name)
                 _fill(layer, planned, down, up, known.dora_scale if known is not None else None)

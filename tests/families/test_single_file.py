@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdlora.errors import ModelError
-from sdlora.families import load_components, load_pipeline, resolve_base
+from sdlora.families import base_shapes, load_components, load_pipeline, resolve_base
 from sdlora.families.clip import clip_tokenizer
 from sdlora.families.single_file import open_checkpoint, probe_prediction_type
 from tests.families.original import diffusers_unet, diffusers_vae, pipeline_of, write_original
@@ -210,3 +210,17 @@ def test_loras_transformers_pickles_and_broken_files_are_named(files: dict[str, 
 
 def test_a_file_is_a_base_by_its_path(files: dict[str, Path]) -> None:
     assert resolve_base(str(files["sd1"])) == str(files["sd1"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_shapes_of_a_file_are_those_of_its_folder(files: dict[str, Path], tmp_path: Path, family: str) -> None:
+    pipeline = load_pipeline(str(files[family]), weight_dtype=torch.float32, device="cpu")
+    pipeline.save_pretrained(tmp_path)
+    of_file, of_folder = base_shapes(str(files[family])), base_shapes(str(tmp_path))
+    encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "hidden_act")
+    for shapes in (of_file, of_folder):
+        known = [encoder.config.to_dict() for encoder in encoders if encoder is not None]
+        assert [[text[size] for size in sizes] for text in shapes.text] == [[c[size] for size in sizes] for c in known]
+        assert shapes.text_parameters >= sum(p.numel() for e in encoders if e is not None for p in e.parameters())
+    assert of_file.default_resolution == of_folder.default_resolution and of_file.size_step == of_folder.size_step

@@ -171,9 +171,18 @@ def test_compare_of_a_run_shows_what_it_saved_on_its_own_captions(base: Path, tm
     )
     train_adapter(config)
     output = run("compare", tmp_path / "ink", "--out", tmp_path / "sheet.png", *QUICK)
-    assert output.count(": 4 pictures") == 4
-    for heading in ("ink-step-000002", "ink-step-000004", "ink"):
+    assert output.count(": 5 pictures") == 4
+    for heading in ("without", "ink-step-000002", "ink-step-000004", "ink", "ink, no trigger"):
         assert f"<th>{heading}</th>" in (tmp_path / "sheet.html").read_text(encoding="utf-8")
+    # The last column is what the same prompt draws without the trigger's words.
+    adapter, plain = tmp_path / "ink" / "ink.safetensors", (tmp_path / "plain.png", tmp_path / "asked.png")
+    for path, prompt in zip(plain, ("thing 0", "thing 0, ink style"), strict=True):
+        output = run("compare", adapter, "--prompt", prompt, "--base", base, "--out", path, *QUICK)
+        assert f"{prompt}: {2 if path == plain[0] else 3} pictures" in output
+    without, asked = (pixels(path)[28:].astype(int) for path in plain)
+    # Batches of another size round otherwise.
+    assert abs(asked[:, -64:] - without[:, -64:]).max() <= 1
+    assert abs(asked[:, -64:] - asked[:, -128:-64]).max() > 1
     with pytest.raises(GenerationError, match=r"no config\.toml"):
         run("compare", tmp_path / "data")
     with pytest.raises(GenerationError, match="A comparison needs prompts"):

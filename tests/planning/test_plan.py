@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from sdlora import cli, probe
+from sdlora.adapter_file import PARTS, LoraPair, read_adapter
 from sdlora.cheaper import cheaper_settings
 from sdlora.config import TrainConfig, load_config
 from sdlora.data.dataset import ImageCaption, scan_dataset
@@ -46,21 +47,29 @@ def config_for(tmp_path: Path, base: Path, **sections: Any) -> TrainConfig:
     )
 
 
-def test_the_plan_agrees_with_the_run(tmp_path: Path, base: Path) -> None:
-    config = config_for(tmp_path, base)
+@pytest.mark.parametrize("text_encoder", [False, True])
+def test_the_plan_agrees_with_the_run(tmp_path: Path, base: Path, text_encoder: bool) -> None:
+    config = config_for(tmp_path, base, lora={"rank": 4, "text_encoder": text_encoder})
     examples = scan_dataset(config.data.path, trigger="ink style").examples
     plan = plan_run(config, examples, base_shapes(str(base)), precision=FP32, flops_per_second=1e9, library_bytes=1000)
     events: list[Any] = []
     path = train_adapter(config, observers=[events.append])
     assert isinstance(events[-1], RunFinished) and plan.length.steps == events[-1].step
     tensors = path.stat().st_size - int.from_bytes(path.read_bytes()[:8], "little") - 8
-    # The file also has a number (alpha, fp16) for each of its 64 layers.
-    assert tensors == plan.file_bytes + 2 * 64
+    assert tensors == plan.file_bytes
     assert plan.memory["base"] == 4 * sum(p.numel() for p in tiny_sd1().unet.parameters())
+    in_text = 4 * sum(p.numel() for p in tiny_sd1().text_encoder.parameters()) if text_encoder else None
+    assert plan.memory.get("text encoders") == in_text
+    assert plan.adapter_parameters == sum(p.up.numel() + p.down.numel() for p in all_pairs(path))
     assert plan.memory["adapter and optimizer"] == 4 * 3 * plan.adapter_parameters
     assert plan.seconds_per_step == pytest.approx(plan.step_flops / 0.6e9)
     assert plan.peak_bytes >= sum(plan.memory.values())
     assert plan.cost(3600.0) == pytest.approx(plan.seconds)
+
+
+def all_pairs(path: Path) -> list[LoraPair]:
+    adapter = read_adapter(path)
+    return [pair for part in PARTS for pair in adapter.part(part).values()]
 
 
 def test_the_largest_size_is_that_of_the_pictures() -> None:

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdlora.config import LoraSettings
-from sdlora.families import BaseShapes, detect_family
+from sdlora.families import BaseShapes, components_from_pipeline, detect_family
 from sdlora.families.shapes import STANDARD
-from sdlora.lora import AdapterPlan, LiveAdapter, plan_layers
+from sdlora.lora import AdapterPlan, LiveAdapter, base_models, plan_adapter, plan_layers
 from sdlora.precision import Precision
 from sdlora.shape_trace import StepTrace, trace_encode, trace_step
 from tests.tiny import tiny_sd1, tiny_sdxl
@@ -24,7 +24,9 @@ FP32 = Precision("fp32", "cpu")
 
 
 def shapes_of(pipeline: Any) -> BaseShapes:
-    return BaseShapes(dict(pipeline.unet.config), dict(pipeline.vae.config), 0)
+    encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
+    text = tuple(encoder.config.to_dict() for encoder in encoders if encoder is not None)
+    return BaseShapes(dict(pipeline.unet.config), dict(pipeline.vae.config), 0, text=text)
 
 
 def attach(pipeline: Any) -> AdapterPlan:
@@ -105,6 +107,33 @@ def test_sdxl_is_traced_with_its_further_conditions() -> None:
     assert step.flops > 0
 
 
+@pytest.mark.parametrize("build", [tiny_sd1, pytest.param(tiny_sdxl, marks=pytest.mark.slow)])
+def test_text_encoders_that_are_adapted_add_their_real_arithmetic(build: Callable[[], Any]) -> None:
+    lora = {"rank": 4, "targets": ["mid_block.*.attn2.to_v"]}
+
+    def counted(text_encoder: bool) -> tuple[int, AdapterPlan]:
+        components = components_from_pipeline(build())
+        settings = LoraSettings.model_validate({**lora, "text_encoder": text_encoder})
+        adapter = plan_adapter(components, settings)
+        LiveAdapter(base_models(components), adapter)
+        embeds = components.family.encode_prompts(components, ["one", "two"])
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            if text_encoder:
+                embeds = components.family.encode_prompts(components, ["one", "two"], with_gradient=True)
+            added = components.family.added_cond_kwargs(embeds, *[[(0, 0), (0, 0)]] * 3)
+            inputs = torch.zeros(2, 4, 8, 8), torch.zeros(2, dtype=torch.int64), embeds.encoder_hidden_states
+            components.unet(*inputs, added_cond_kwargs=added).sample.square().mean().backward()
+        return counter.get_total_flops(), adapter
+
+    without, with_text = (traced(build(), lora={**lora, "text_encoder": wanted}) for wanted in (False, True))
+    (real_without, _), (real, adapter) = counted(False), counted(True)
+    assert with_text.flops - without.flops == pytest.approx(real - real_without, rel=0.1)
+    assert (with_text.adapter_parameters, with_text.file_bytes) == (adapter.num_parameters, adapter.file_bytes)
+    encoders = components_from_pipeline(build()).text_encoders
+    assert with_text.text_weight_bytes == 4 * sum(p.numel() for encoder in encoders for p in encoder.parameters())
+    assert without.text_weight_bytes == 0 and with_text.peak_bytes > without.peak_bytes
+
+
 def test_sd15_at_512_is_as_worked_out_by_hand() -> None:
     """859.5 M weights; 401.6 G multiplications forward, 1.076 times that backward with frozen weights. The fused kernel
     multiplies five times backward and not four, which at 15 % of the forward pass is 0.075 more."""
@@ -136,6 +165,11 @@ def test_the_text_encoders_of_the_standard_bases_have_their_published_sizes() ->
 
     small = count(CLIPTextModel, 768, 12, 12, 768)
     assert STANDARD["sd1"].text_parameters == small
+    for shapes in STANDARD.values():
+        classes = detect_family(shapes.unet).text_encoder_classes
+        with torch.device("meta"):
+            built = [cls(CLIPTextConfig(**config)) for cls, config in zip(classes, shapes.text, strict=True)]
+        assert shapes.text_parameters == sum(p.numel() for encoder in built for p in encoder.parameters())
     assert STANDARD["sd2"].text_parameters == count(CLIPTextModel, 1024, 23, 16, 1024)
     big = count(CLIPTextModelWithProjection, 1280, 32, 20, 1280)
     assert STANDARD["sdxl"].text_parameters == small + big

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 
 from sdlora.config import LoraSettings
 from sdlora.errors import ConfigError, NothingToTrainError
@@ -23,7 +25,9 @@ from sdlora.lora import (
     target_patterns,
     trainable_parameters,
 )
+from sdlora.precision import Precision
 from tests.tiny import CROSS_ATTENTION_DIM, tiny_sd1, tiny_sd2, tiny_sdxl
+from tests.training.helpers import make_trainer, make_training_set
 
 TINY = {"sd1": tiny_sd1, "sd2": tiny_sd2, "sdxl": tiny_sdxl}
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -242,3 +246,37 @@ def test_a_second_lora_is_refused() -> None:
     LiveAdapter(base_models(components), planned)
     with pytest.raises(ValueError, match="already"):
         LiveAdapter(base_models(components), planned)
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_without_peft_s_cast_of_its_input_the_adapter_is_the_same_to_the_bit(tmp_path: Path, name: Any) -> None:
+    weights = []
+    prepared = make_training_set(components_from_pipeline(tiny_sd1()))
+    for casts in (False, True):
+        precision = Precision(name, "cpu")
+        components = components_from_pipeline(tiny_sd1(), weight_dtype=precision.weight_dtype)
+        trainer = make_trainer(
+            tmp_path / f"{casts}",
+            components=components,
+            training_set=prepared,
+            precision=precision,
+            lora={"rank": 2, "targets": "attention+ff+conv"},
+        )
+        layers = [module for module in components.unet.modules() if isinstance(module, LoraLayer)]
+        assert layers and not any(layer.cast_input_dtype_enabled for layer in layers)
+        for layer in layers:
+            layer.cast_input_dtype_enabled = casts
+        list(trainer.run())
+        weights.append({key: weight.clone() for key, weight in trainer._named.items()})
+    assert all(weight.abs().max() > 0 for weight in weights[0].values())
+    assert all(torch.equal(weight, weights[1][key]) for key, weight in weights[0].items())
+
+
+@pytest.mark.parametrize("settings", [{"dropout": 0.1}, {"dora": True}])
+def test_what_computes_with_the_input_itself_keeps_the_cast(settings: dict[str, Any]) -> None:
+    components = components_from_pipeline(tiny_sd1())
+    plan = plan_adapter(components, LoraSettings.model_validate({"rank": 2, **settings}))
+    live = LiveAdapter({"unet": components.unet}, plan, dropout=settings.get("dropout", 0.0))
+    layers = [module for module in components.unet.modules() if isinstance(module, LoraLayer)]
+    assert layers and all(layer.cast_input_dtype_enabled for layer in layers)
+    live.detach()

@@ -56,8 +56,9 @@ def test_copying_is_what_fell_further_on_the_own_pictures() -> None:
 def test_stopping_needs_held_out_pictures_and_saves_more_often() -> None:
     with pytest.raises(ConfigError, match=r"validation\.stop needs held-out pictures"):
         load_config(None, ["data.path=x", "validation.stop=patience"])
-    config = load_config(None, ["data.path=x", "validation.stop=patience", "validation.path=y"])
-    assert len(plan_length(40, config).save_steps) == 20
+    for source in ("path=y", "share=0.2", "count=2"):
+        config = load_config(None, ["data.path=x", "validation.stop=patience", f"validation.{source}"])
+        assert len(plan_length(40, config).save_steps) == 20
     assert len(plan_length(40, load_config(None, ["data.path=x"])).save_steps) == 5
 
 
@@ -92,6 +93,20 @@ def test_a_run_ends_itself_and_its_best_save_is_the_result(tmp_path: Path) -> No
     copied = [event.copying for event in events if isinstance(event, ValidationDone)]
     assert copied[0] is None
     assert copied[1] == pytest.approx(-0.2)  # own pictures stand still, held-out ones fall by a fifth
+
+
+def test_a_run_that_ends_itself_is_the_whole_run_up_to_there(tmp_path: Path) -> None:
+    list(stopping(tmp_path / "short", LOSSES).run())
+    # Falling to the end.
+    whole = stopping(tmp_path / "whole", [float(11 - step) for step in range(11)])
+    events = list(whole.run())
+    assert isinstance(events[-1], RunFinished) and events[-1].step == 10
+    hashes = [
+        read_adapter(tmp_path / folder / "checkpoints" / name / f"ink-{name}.safetensors").tensor_sha256
+        for name in ("step-000002", "step-000004")
+        for folder in ("short", "whole")
+    ]
+    assert hashes[0] == hashes[1] != hashes[2] == hashes[3]
 
 
 @pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.slow), 3])

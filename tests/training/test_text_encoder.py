@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdlora.adapter_file import read_adapter
+from sdlora.adapter_file import PARTS, read_adapter
 from sdlora.config import LoraSettings, TrainConfig
 from sdlora.events import PreviewReady, StepDone
 from sdlora.families import PromptEmbeds, components_from_pipeline
@@ -89,6 +89,17 @@ def test_text_encoders_learn_and_plain_diffusers_loads_what_they_learnt(tmp_path
 @pytest.mark.parametrize("name", SLOW_REST)
 def test_a_run_on_text_encoders_goes_on_exactly(tmp_path: Path, name: str) -> None:
     assert resumed_as_unbroken(tmp_path, family=name, lora={**TEXT, "dropout": 0.1})
+
+
+@pytest.mark.slow
+def test_a_dora_of_sdxl_and_both_its_encoders_goes_on_exactly(tmp_path: Path) -> None:
+    """In four of its layers, so that the whole U-Net stays but its adapter is small."""
+    settings = {"lora": {**TEXT, "dora": True, "dropout": 0.1, "targets": ["mid_block.attentions.0.*.0.attn?.to_[kv]"]}}
+    assert resumed_as_unbroken(tmp_path, family="sdxl", **settings)
+    adapter = read_adapter(tmp_path / "parts" / "ink.safetensors")
+    assert adapter.is_dora and len(adapter.unet) == 4 and adapter.text_encoder and adapter.text_encoder_2
+    lengths = [pair.dora_scale for part in PARTS for pair in adapter.part(part).values()]
+    assert all(length is not None and length.min() > 0 for length in lengths)
 
 
 def test_a_whole_run_keeps_the_encoders_and_draws_with_what_they_learnt(tmp_path: Path) -> None:
