@@ -497,6 +497,24 @@ def compare(
     _say(str(sheet))
 
 
+# Not in the list, which is to fit a screen: it is `compare` under the name of what it is asked for.
+@app.command("sweep-weights", hidden=True)
+def sweep_weights(
+    adapters: Annotated[list[Path], typer.Argument(help="LoRA files, each at every weight.")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="As often as needed.")] = None,
+    weights: Annotated[str, typer.Option("--weights", help="With commas between.")] = "-0.5,0.25,0.5,0.75,1,1.25",
+    seeds: Annotated[str, typer.Option("--seeds", help="E.g. 1,2,3.")] = "0",
+    base: Base = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    precision: DrawPrecision = "auto",
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Cells computed at once.")] = 8,
+    path: Annotated[Path, typer.Option("--out", help="The sheet to write.")] = Path("outputs/weights.png"),
+) -> None:
+    """A sheet of LoRAs at growing weights, each row in one batch: `compare` with weights to begin with."""
+    compare(adapters, prompt, weights, seeds, base, steps, guidance, precision, batch_size, path)
+
+
 def main() -> None:
     """Run the command line; every error a user can cause becomes one message and its exit code."""
     # Notices of the libraries about each other (optional packages, renamed arguments) are not for our users.

@@ -78,7 +78,7 @@ def generate_files(
 
     Base None: the one that every adapter says it was trained on if that is the embedded base, else the default base. Of
     several jobs, one that cannot be drawn yields its error, and the next is begun. Processes that accelerate started
-    together share the pictures out; the files are those that one process would write.
+    together share whole batches out, so that the files are those that one process would write, to the last pixel.
 
     Raises:
         GenerationError: the request is out of range, or the only job cannot be drawn.
@@ -88,21 +88,20 @@ def generate_files(
     files = list(dict.fromkeys(path for job in jobs for path, _ in job.adapters))
     base = base or _base_of_adapters(files) or DEFAULT_BASE
     first = _next_index(out_dir)
-    seeds = range(request.seed, request.seed + request.num_images)
-    pictures = [_Picture(job, seed) for job in jobs for seed in seeds]
-    shared = share_out([(first + number, picture) for number, picture in enumerate(pictures)])
+    shared = share_out(_numbered_batches(jobs, request, first))
     generator = Generator.from_base(
         base, precision=precision, device=shared.device, thrift=thrift, warn=warn, on_step=on_step
     )
     names = _load_all(generator, files)
     with preview_files(generator, out_dir, every=preview_every, process=shared.process):
-        for job, numbered in groupby(shared.items, lambda item: item[1].job):
-            part = list(numbered)
+        for number, batches in groupby(shared.items, lambda batch: batch.job):
+            job = jobs[number]
+            part = [(batch.first + row, seed) for batch in batches for row, seed in enumerate(batch.seeds)]
             try:
                 _set_weights(generator, names, job.adapters, method)
-                drawn = generator.draw_many([job.prompt] * len(part), [p.seed for _, p in part], request)
-                for (number, _), picture in zip(part, drawn, strict=True):
-                    path = out_dir / f"{number:05d}-seed{picture.recipe.seed}.png"
+                drawn = generator.draw_many([job.prompt] * len(part), [seed for _, seed in part], request)
+                for (index, seed), picture in zip(part, drawn, strict=True):
+                    path = out_dir / f"{index:05d}-seed{seed}.png"
                     yield save_picture(picture.image, path, picture.recipe)
             except GenerationError as error:
                 if len(jobs) == 1:
@@ -111,9 +110,24 @@ def generate_files(
 
 
 @dataclass(frozen=True)
-class _Picture:
-    job: PromptJob
-    seed: int
+class _Batch:
+    """Pictures that are computed at once: another batch around a picture would round its sums otherwise."""
+
+    job: int
+    """Its place in the list of jobs: of two alike each has its own batches."""
+    seeds: Sequence[int]
+    first: int
+    """The number of the first picture's file."""
+
+
+def _numbered_batches(jobs: Sequence[PromptJob], request: GenerationRequest, first: int) -> list[_Batch]:
+    """Of every job in order; only the last batch of a job may be a short one."""
+    seeds, size = range(request.seed, request.seed + request.num_images), request.batch_size
+    return [
+        _Batch(number, seeds[start : start + size], first + number * len(seeds) + start)
+        for number in range(len(jobs))
+        for start in range(0, len(seeds), size)
+    ]
 
 
 def draw_again(

@@ -19,6 +19,7 @@ L is 2 in every model whose files use these names.
 
 from __future__ import annotations
 
+import functools
 import re
 
 __all__ = [
@@ -68,6 +69,7 @@ def flat_key(path: str) -> str:
     return path.replace(".", "_")
 
 
+@functools.lru_cache(maxsize=2**14)
 def module_path(flat: str) -> str | None:
     """The dotted path of an underscored one, in diffusers' or CLIP's words; None where a word is unknown."""
     words, position = [], 0

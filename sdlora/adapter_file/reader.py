@@ -10,15 +10,16 @@ import difflib
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from sdlora.adapter_file.dialects import Role, TensorName, parse_tensor_name, unsupported_method
+from sdlora.adapter_file.fold import is_finite
 from sdlora.adapter_file.lycoris import Plan, factor_roles, plan_layer
 from sdlora.adapter_file.peft_config import PeftAlphas
 from sdlora.adapter_file.safety import MAX_ALPHA_PER_RANK, MAX_RANK, Header, read_header
@@ -70,13 +71,16 @@ def read_adapter(path: str | Path, *, drop_foreign: bool = False) -> AdapterWeig
             content = file.read()
     except OSError as error:
         raise AdapterFileError(path, f"it cannot be read: {error.strerror}.") from error
-    tensors = _tensors(path, content, header)
-    alphas = PeftAlphas(path, header.metadata)
-    parts: dict[Part, dict[str, LoraPair]] = {part: {} for part in PARTS}
-    for (part, module), layer in sorted(layers.items()):
-        parts[part][module] = _pair(path, part, module, layer, tensors, alphas)
-    digest = hashlib.sha256(memoryview(content)[header.size :]).hexdigest()
-    return AdapterWeights(**parts, metadata=header.metadata, path=path, tensor_sha256=digest, foreign=foreign)
+    # Hashing takes about as long as all the rest, and lets other threads run meanwhile.
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        digest = beside.submit(hashlib.sha256, memoryview(content)[header.size :])
+        tensors = _tensors(path, content, header)
+        alphas = PeftAlphas(path, header.metadata)
+        parts: dict[Part, dict[str, LoraPair]] = {part: {} for part in PARTS}
+        for (part, module), layer in sorted(layers.items()):
+            parts[part][module] = _pair(path, part, module, layer, tensors, alphas)
+        tensor_sha256 = digest.result().hexdigest()
+    return AdapterWeights(**parts, metadata=header.metadata, path=path, tensor_sha256=tensor_sha256, foreign=foreign)
 
 
 def outline_adapter(path: str | Path, *, allow_foreign: bool = False) -> Outline:
@@ -142,14 +146,14 @@ def _layers(
     path: Path, header: Header, *, allow_foreign: bool
 ) -> tuple[dict[tuple[Part, str], _Layer], tuple[str, ...]]:
     """Group the tensors by layer and check names, completeness and shapes; and the names of those that are of none."""
-    method = next((m for m in map(unsupported_method, header.tensors) if m is not None), None)
+    parsed = {name: parse_tensor_name(name) for name in header.tensors}
+    foreign = tuple(name for name, tensor in parsed.items() if tensor is None)
+    method = next((m for m in map(unsupported_method, foreign) if m is not None), None)
     if method is not None:
         raise AdapterFileError(path, f"this is a {method} file, which is not supported; ask for a LoRA.")
-    parsed = {name: parse_tensor_name(name) for name in header.tensors}
-    if not any(parsed.values()):
+    if len(foreign) == len(parsed):
         names = name_some(header.tensors)
         raise AdapterFileError(path, f"none of its tensors belongs to a LoRA for Stable Diffusion: {names}.")
-    foreign = tuple(name for name, tensor in parsed.items() if tensor is None)
     if foreign and not allow_foreign:
         one = len(foreign) == 1
         what = f"{'a tensor' if one else f'{len(foreign)} tensors'} that {'is' if one else 'are'} not part of a LoRA"
@@ -219,7 +223,7 @@ def _tensors(path: Path, content: bytes, header: Header) -> Mapping[str, Tensor]
         raise AdapterFileError(path, "the safetensors library does not accept this file.") from error
     if tensors.keys() != header.tensors.keys():
         raise AdapterFileError(path, "its header reads differently a second time; it is not taken.")
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if broken:
         raise AdapterFileError(path, f"NaN or infinite numbers in {name_some(broken)}; the training went wrong.")
     return tensors

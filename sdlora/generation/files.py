@@ -34,16 +34,22 @@ class Share(Generic[T]):
 def share_out(items: Sequence[T]) -> Share[T]:
     """This process's part of the items, in order; all of them unless accelerate or torchrun started several.
 
-    Returns in all processes at once, so that what each looked up before is what all saw.
+    Returns in all processes at once, so that what each looked up before is what all saw. On a CPU a process keeps its
+    number of threads, and with it the bits it draws.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Share(items, None, 0)
+    threads = torch.get_num_threads()
     state: Any = PartialState(cpu=not torch.cuda.is_available())
+    # accelerate gives the processes other numbers of threads, and sums are rounded by how they are cut into threads.
+    torch.set_num_threads(threads)
     with state.split_between_processes(list(items)) as part:
         # accelerate gives the last item to processes for which none is left.
         mine: list[T] = part if state.process_index < len(items) else []
     state.wait_for_everyone()
-    return Share(mine, str(state.device), state.process_index)
+    # Not "cpu:0": that moves the weights to other addresses, and kernels round by the alignment of their operands.
+    device = "cpu" if state.device.type == "cpu" else str(state.device)
+    return Share(mine, device, state.process_index)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sdlora.adapter_file import LoraPair, fold
+from sdlora.adapter_file import LoraPair, fold, is_finite
 from sdlora.errors import AdapterError
 from sdlora.stack.dial import Dial, Layout
 
@@ -50,8 +50,8 @@ class LiveDelta:
         """
         factors = [fold(term.pair, weight=term.strength) for term in terms]
         delta = LiveDelta(
-            torch.cat([down for down, _ in factors]),
-            torch.cat([up for _, up in factors], dim=1),
+            _beside([down for down, _ in factors], dim=0),
+            _beside([up for _, up in factors], dim=1),
             tuple((term.adapter, term.pair.rank) for term in terms),
             dial,
             ratio,
@@ -59,7 +59,7 @@ class LiveDelta:
         weight = layer_weight(layer)
         if weight.dtype in (torch.float16, torch.bfloat16, torch.float32) and weight.device.type != "meta":
             placed = delta._place(weight.device, weight.dtype)
-            if not all(torch.isfinite(factor).all() for factor in placed):
+            if not all(map(is_finite, placed)):
                 raise AdapterError(f"With these weights an adapter is not finite in {weight.dtype}; lower them.")
         return delta
 
@@ -85,6 +85,10 @@ class LiveDelta:
             # From the fp32 factors each time: a pipeline that went through fp16 gets its precision back.
             self._placed = (self._down.to(device, dtype), self._up.to(device, dtype))
         return self._placed
+
+
+def _beside(factors: Sequence[Tensor], *, dim: int) -> Tensor:
+    return factors[0] if len(factors) == 1 else torch.cat(list(factors), dim=dim)
 
 
 def layer_weight(layer: nn.Module) -> Tensor:

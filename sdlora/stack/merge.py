@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from sdlora.adapter_file import is_finite
 from sdlora.errors import AdapterError
 from sdlora.stack.live import LiveDelta, layer_weight
 
@@ -70,6 +71,6 @@ def _merged(weight: Tensor, delta: LiveDelta) -> Tensor:
     if not weight.is_floating_point():
         raise AdapterError("A quantised base cannot be merged into; use the stack without merged().")
     merged = (weight.float() + delta.dense().to(weight.device).view_as(weight)).to(weight.dtype)
-    if not torch.isfinite(merged).all():
+    if not is_finite(merged):
         raise AdapterError(f"With these weights a merged layer is not finite in {weight.dtype}; lower them.")
     return merged

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from sdlora.adapter_file import PARTS, Part, read_adapter, resolve_layers
+from sdlora.adapter_file import PARTS, Part, read_adapter, resolve_layers, walk_modules
 from sdlora.adapter_weight import AdapterWeight, Weight, as_weight, simplest
 from sdlora.errors import AdapterError, DuplicateAdapterError, UnknownAdapterError
 from sdlora.stack.merge import MergedLayers
@@ -284,10 +284,10 @@ class AdapterStack:
     def _check_base(self) -> None:
         """Refuse a model whose layers are bypassed or adapted already: a LoRA would act partly or twice."""
         for part, model in self._models.items():
-            for path, module in model.named_modules():
-                if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+            for path, module in walk_modules(model):
+                if {"lora_A", "base_layer"} <= module._modules.keys():
                     raise AdapterError(f"{part}.{path} already carries a LoRA of PEFT; unload it first.")
-                if getattr(module, "fused_projections", False):
+                if vars(module).get("fused_projections", False):
                     raise AdapterError(f"{part}.{path} has fused projections; call unfuse_qkv_projections() first.")
 
     def _checked(self, name: str, weight: Given) -> AdapterWeight:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdlora.adapter_file import LoraPair, fold
+from sdlora.adapter_file import LoraPair, fold, is_finite
+from sdlora.adapter_file.fold import largest_entry
 
 SMALLEST_NORMAL_FP16 = torch.finfo(torch.float16).smallest_normal
 
@@ -81,3 +83,13 @@ def test_convolutions_keep_their_shapes() -> None:
     down, up = fold(LoraPair(down=torch.randn(2, 3, 3, 3), up=torch.randn(5, 2, 1, 1), alpha=1.0))
     assert down.shape == (2, 3, 3, 3)
     assert up.shape == (5, 2, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+def test_one_broken_number_among_many_is_seen(dtype: torch.dtype, broken: float) -> None:
+    for place in (0, 12, 32 * 40 - 1):
+        numbers = torch.randn(32, 40).to(dtype)
+        assert is_finite(numbers) and largest_entry(numbers) == float(numbers.abs().amax())
+        numbers.view(-1)[place] = broken
+        assert not is_finite(numbers)

@@ -161,6 +161,15 @@ def test_compare_draws_each_adapter_at_each_weight(base: Path, loras: dict[str, 
     assert not (cells[2] == cells[3]).all() and not (cells[3] == cells[6]).all()
 
 
+def test_sweep_weights_is_a_comparison_of_one_adapter_at_many_weights(base: Path, loras, tmp_path: Path) -> None:
+    sheet = tmp_path / "weights.png"
+    output = run("sweep-weights", loras["ink"], "--prompt", "a fox", "--base", base, "--out", sheet, *QUICK)
+    assert "a fox: 7 pictures" in output and sheet.is_file()
+    page = (tmp_path / "weights.html").read_text(encoding="utf-8")
+    for heading in ("without", "ink -0.5", "ink 1.25"):
+        assert f"<th>{heading}</th>" in page
+
+
 def test_compare_of_a_run_shows_what_it_saved_on_its_own_captions(base: Path, tmp_path: Path) -> None:
     write_pictures(tmp_path / "data", count=6)
     config = make_config(
