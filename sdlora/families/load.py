@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from sdlora.config import DEFAULT_BASE
 from sdlora.errors import ModelError
@@ -292,7 +294,8 @@ def _load_parts(
         options: dict[str, Any] = {"subfolder": part, "local_files_only": True, "use_safetensors": True}
         # transformers calls it `dtype`, diffusers `torch_dtype`.
         options["torch_dtype" if part in ("unet", "vae") else "dtype"] = dtype
-        model = cls.from_pretrained(source, variant=_variant(folder / part), **options)
+        with _without_bars():
+            model = cls.from_pretrained(source, variant=_variant(folder / part), **options)
         return model.to(device).requires_grad_(False).eval()
 
     try:
@@ -383,6 +386,18 @@ def _quietly(make: Any) -> Any:
         return make()
     finally:
         diffusers.logging.set_verbosity(level)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without transformers' progress bar of weights that are on the disk already: it is gone before it can be read."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

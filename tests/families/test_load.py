@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.utils import logging as transformers_logging
 
 from sdlora.config import DEFAULT_BASE
 from sdlora.errors import ModelError
@@ -202,3 +203,9 @@ def test_a_half_downloaded_cache_is_completed(damaged: Path, saved_sd1: Path, mo
     assert "unet/diffusion_pytorch_model.fp16.safetensors" in patterns[0]
     assert "unet/diffusion_pytorch_model.safetensors" not in patterns[0]
     assert not any(pattern.endswith((".bin", ".ckpt", ".py")) for pattern in patterns[0])
+
+
+def test_loading_from_the_disk_shows_no_bar_and_leaves_those_of_downloads(capfd) -> None:
+    load_components("tiny", weight_dtype=torch.float32, device="cpu")
+    assert "Loading weights" not in capfd.readouterr().err
+    assert transformers_logging.is_progress_bar_enabled()
