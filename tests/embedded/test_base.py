@@ -103,3 +103,8 @@ def test_training_leaves_the_shipped_files_alone(adapter: Path) -> None:
     next(generator.draw(GenerationRequest(prompt="fox", num_inference_steps=1)))
     generator.stack.unload()
     assert generator.stack.base_checksum() == before
+
+
+def test_its_files_name_no_folder_of_the_machine_it_was_made_on() -> None:
+    for path in embedded.path().rglob("*.json"):
+        assert "_name_or_path" not in path.read_text(encoding="utf-8"), path.name

@@ -6,6 +6,7 @@ python export.py --work WORK
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -48,6 +49,11 @@ def main() -> None:
     kept = {p.name: p.read_bytes() for p in args.out.glob("*") if p.name in ("README.md", "samples.png", "bars.json")}
     shutil.rmtree(args.out, ignore_errors=True)
     pipeline.save_pretrained(args.out, safe_serialization=True)
+    for config in args.out.glob("*/config.json"):
+        # Where this machine had the part that it went on from is nobody's business.
+        values = json.loads(config.read_text(encoding="utf-8"))
+        values.pop("_name_or_path", None)
+        config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     (args.out / "subjects.txt").write_text("\n".join(read_subjects().values()), encoding="utf-8")
     for name, content in kept.items():
         (args.out / name).write_bytes(content)
