@@ -295,6 +295,9 @@ def resume_with_progress(run: Path, overrides: Sequence[str], *, allow_change: b
 
 
 def _tell_how_to_draw(path: Path, say: Say) -> None:
+    if not path.is_file():
+        # Of several processes only one writes the adapter, and tells; this one was ready before it.
+        return
     say(f'{path} ({path.stat().st_size / 1024:.0f} kB). Draw with it: sdlora generate "..." --lora {path}')
 
 

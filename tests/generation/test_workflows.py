@@ -17,6 +17,7 @@ from sdlora.errors import GenerationError
 from sdlora.picture_file import read_recipe
 from sdlora.sheet import write_page, write_sheet
 from sdlora.training import train_adapter
+from sdlora.workflows import _tell_how_to_draw
 from tests.adapters.builders import random_pairs, write
 from tests.tiny import tiny_sd1
 from tests.training.helpers import make_config, write_pictures
@@ -215,3 +216,12 @@ def test_long_labels_are_cut_and_every_picture_has_its_place(tmp_path: Path) -> 
     for row, column, colour in ((0, 0, red), (1, 0, blue), (0, 1, blue), (1, 1, red)):
         cell = image[28 + 30 * row : 58 + 30 * row, left + 40 * column : left + 40 * (column + 1)]
         assert (cell == np.asarray(colour)).all()
+
+
+def test_a_process_that_is_ready_before_the_adapter_is_written_says_nothing(tmp_path) -> None:
+    said: list[str] = []
+    _tell_how_to_draw(tmp_path / "ink.safetensors", said.append)
+    assert said == []
+    (tmp_path / "ink.safetensors").write_bytes(bytes(2048))
+    _tell_how_to_draw(tmp_path / "ink.safetensors", said.append)
+    assert "2 kB" in said[0]
