@@ -62,6 +62,10 @@ Base = Annotated[str | None, typer.Option("--base", help="Checkpoint, folder, Hu
 Steps = Annotated[int | None, typer.Option("--steps")]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="How strictly the prompt is followed.")]
 DrawPrecision = Annotated[str, typer.Option("--precision", help="auto, fp16, bf16, fp32.")]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="As often as needed.")]
+Seeds = Annotated[str, typer.Option("--seeds", help="E.g. 1,2,3.")]
+Cells = Annotated[int, typer.Option("--batch-size", help="Cells computed at once.")]
+Sheet = Annotated[Path, typer.Option("--out", help="The sheet to write.")]
 LoraDir = Annotated[Path, typer.Option("--lora-dir", help="Where <lora:name> is looked for.")]
 _OVER, _THRIFT = "Drawing over a picture, and larger", "Memory and speed"
 
@@ -458,15 +462,15 @@ def again(
 @app.command()
 def compare(
     adapters: Annotated[list[Path], typer.Argument(help="LoRA files; a run's folder stands for all it saved.")],
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="As often as needed.")] = None,
+    prompt: Prompts = None,
     weights: Annotated[str, typer.Option("--weights", help="E.g. 0.5,0.8,1.")] = "1",
-    seeds: Annotated[str, typer.Option("--seeds", help="E.g. 1,2,3.")] = "0",
+    seeds: Seeds = "0",
     base: Base = None,
     steps: Steps = None,
     guidance: Guidance = None,
     precision: DrawPrecision = "auto",
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Cells computed at once.")] = 8,
-    path: Annotated[Path, typer.Option("--out", help="The sheet to write.")] = Path("outputs/compare.png"),
+    batch_size: Cells = 8,
+    path: Sheet = Path("outputs/compare.png"),
 ) -> None:
     """One sheet of LoRAs or of a run's saves, by weights and seeds."""
     from sdlora.request import GenerationRequest
@@ -501,15 +505,15 @@ def compare(
 @app.command("sweep-weights", hidden=True)
 def sweep_weights(
     adapters: Annotated[list[Path], typer.Argument(help="LoRA files, each at every weight.")],
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="As often as needed.")] = None,
+    prompt: Prompts = None,
     weights: Annotated[str, typer.Option("--weights", help="With commas between.")] = "-0.5,0.25,0.5,0.75,1,1.25",
-    seeds: Annotated[str, typer.Option("--seeds", help="E.g. 1,2,3.")] = "0",
+    seeds: Seeds = "0",
     base: Base = None,
     steps: Steps = None,
     guidance: Guidance = None,
     precision: DrawPrecision = "auto",
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Cells computed at once.")] = 8,
-    path: Annotated[Path, typer.Option("--out", help="The sheet to write.")] = Path("outputs/weights.png"),
+    batch_size: Cells = 8,
+    path: Sheet = Path("outputs/weights.png"),
 ) -> None:
     """A sheet of LoRAs at growing weights, each row in one batch: `compare` with weights to begin with."""
     compare(adapters, prompt, weights, seeds, base, steps, guidance, precision, batch_size, path)

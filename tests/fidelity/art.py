@@ -11,6 +11,8 @@ from PIL import Image, ImageFilter
 
 ROOT = Path(__file__).parents[2]
 BASE_STYLES = ("noto", "fluent-emoji-flat", "fluent-emoji", "twemoji", "emojione", "emojione-monotone")
+FOLDERS = {"blob": "blob-emoji", "contrast": "high-contrast"}
+"""Of the two styles in the repository."""
 STYLES = (*BASE_STYLES, "noto-v1", "fluent-emoji-high-contrast")
 
 Drawings = list[Image.Image]

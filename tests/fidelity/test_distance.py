@@ -16,21 +16,12 @@ from sdlora.fidelity import (
     style_features,
 )
 from sdlora.fidelity.histograms import row_histograms
-from tests.fidelity.art import Drawings, area_under_curve, load, recompressed, softened
-
-FOLDERS = {"blob": "blob-emoji", "contrast": "high-contrast"}
+from tests.fidelity.art import FOLDERS, Drawings, area_under_curve, load, recompressed, softened
 
 
 @pytest.fixture(scope="module")
 def drawings() -> dict[str, Drawings]:
     return {style: load(folder) for style, folder in FOLDERS.items()}
-
-
-@pytest.fixture(scope="module")
-def each(drawings) -> dict[str, list[StyleFeatures]]:
-    """Of each style's 80 drawings, the features of every single one."""
-    pictures = {style: [*drawings[style], *load(f"{folder}/heldout")] for style, folder in FOLDERS.items()}
-    return {style: [style_features([image]) for image in images] for style, images in pictures.items()}
 
 
 @pytest.fixture(scope="module")

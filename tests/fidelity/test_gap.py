@@ -7,7 +7,6 @@ import pytest
 
 from sdlora.fidelity import (
     MEASURES,
-    StyleFeatures,
     measure_distances,
     pool_features,
     squared_measures,
@@ -16,16 +15,7 @@ from sdlora.fidelity import (
     style_gap_closed,
 )
 from sdlora.fidelity.gap import SQUARES
-from tests.fidelity.art import load
-
-FOLDERS = {"blob": "blob-emoji", "contrast": "high-contrast"}
-
-
-@pytest.fixture(scope="module")
-def each() -> dict[str, list[StyleFeatures]]:
-    """Of each style's 80 drawings, the same subjects in the same order, the features of every single one."""
-    pictures = {style: [*load(folder), *load(f"{folder}/heldout")] for style, folder in FOLDERS.items()}
-    return {style: [style_features([image]) for image in images] for style, images in pictures.items()}
+from tests.fidelity.art import FOLDERS, load
 
 
 def test_other_subjects_of_one_style_are_at_no_distance_on_average(each) -> None:
