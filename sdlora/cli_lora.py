@@ -37,12 +37,11 @@ def _say(message: str) -> None:
 
 
 def _dtype(name: str):  # type: ignore[no-untyped-def]
-    import torch
+    from sdlora.precision import DTYPES
 
-    known = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-    if name not in known:
+    if name not in DTYPES:
         raise AdapterError(f"--dtype {name}: fp16, bf16 or fp32.")
-    return known[name]
+    return DTYPES[name]
 
 
 def _weighted(items: list[str]) -> list[tuple[Path, float]]:

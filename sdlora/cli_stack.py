@@ -81,17 +81,19 @@ def export(
     energy: Annotated[float | None, typer.Option("--energy", min=0.0, max=1.0, help="Share to keep, 0 to 1.")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="fp16, bf16 or fp32.")] = "fp16",
     lora_dir: LoraDir = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over a file of that name.")] = False,
 ) -> None:
     """One ordinary LoRA that does what the stack does, for every tool; exact, or of a lower rank with its errors."""
-    import torch
-
+    from sdlora.precision import DTYPES
     from sdlora.stack_workflows import export_stack, find_stack
 
-    known = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-    if dtype not in known:
+    if dtype not in DTYPES:
         raise AdapterError(f"--dtype {dtype}: fp16, bf16 or fp32.")
     said, files = find_stack(stack, lora_dir or [Path("outputs")])
-    _say(str(export_stack(said, files, target, rank=rank, energy=energy, dtype=known[dtype], say=_say)))
+    exported = export_stack(
+        said, files, target, rank=rank, energy=energy, dtype=DTYPES[dtype], say=_say, overwrite=overwrite
+    )
+    _say(str(exported))
 
 
 @app.command()

@@ -21,9 +21,10 @@ import torch
 
 from sdlora.errors import ModelError
 
-__all__ = ["Precision", "choose_precision", "has_bf16_arithmetic"]
+__all__ = ["DTYPES", "Precision", "choose_precision", "has_bf16_arithmetic"]
 
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+"""By the names of settings and options."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,12 @@ class Precision:
     @property
     def weight_dtype(self) -> torch.dtype:
         """Storage of the frozen base."""
-        return _DTYPES[self.name]
+        return DTYPES[self.name]
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """What matrix products are computed in."""
-        return _DTYPES[self.name]
+        return DTYPES[self.name]
 
     def autocast(self) -> AbstractContextManager[None]:
         """The context for a forward pass; does nothing for fp32."""

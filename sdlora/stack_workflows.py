@@ -22,7 +22,7 @@ from sdlora.adapter_file import (
     write_adapter,
 )
 from sdlora.adapter_file.keys import flat_key
-from sdlora.adapter_tools import find_by_tensor_hash, merge_adapters, resize_adapter
+from sdlora.adapter_tools import find_by_tensor_hash, merge_adapters, new_file, resize_adapter
 from sdlora.adapter_weight import AdapterWeight, Weight, as_weight
 from sdlora.calibration import (
     Calibration,
@@ -101,12 +101,14 @@ def export_stack(
     energy: float | None,
     dtype: torch.dtype,
     say: Say,
+    overwrite: bool = False,
 ) -> Path:
     """One ordinary LoRA that at weight 1 does what the stack does: exact, or brought to a rank and what that loses.
 
     Raises:
-        AdapterError: a weight or the method varies, or the adapters are for different families.
+        AdapterError: a weight or the method varies, the adapters are for different families, or the target is there.
     """
+    new_file(target, overwrite=overwrite)
     method = parse_method(stack.method)
     varying = next((entry for entry in stack.adapters if entry.weight.varies), None)
     if varying is not None or not method.is_constant:

@@ -44,7 +44,7 @@ from sdlora.optimizers import (
     limit_norms,
 )
 from sdlora.passes import ForwardPass, StepNumbers, StepRead, read_steps
-from sdlora.precision import Precision
+from sdlora.precision import DTYPES, Precision
 from sdlora.prepare import TrainingSet
 from sdlora.prior import base_alone
 from sdlora.processes import ALONE, Processes
@@ -59,7 +59,6 @@ __all__ = ["Trainer"]
 
 _MAX_SKIPPED_IN_A_ROW = 20
 _COUNTERS_APART = 1_000_000
-_FILE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _STATE_SECONDS = 300.0
 """A state is saved at least this often, so that a power cut costs minutes and not the hours between two saves."""
 
@@ -613,7 +612,7 @@ class Trainer:
             text_encoder_2=pairs.get("text_encoder_2"),
             family=self._components.family.name,
             metadata=metadata,
-            dtype=_FILE_DTYPES[self._config.output.dtype],
+            dtype=DTYPES[self._config.output.dtype],
         )
 
     def _metadata(self, title: str, step: int) -> AdapterMetadata:

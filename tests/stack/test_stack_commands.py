@@ -129,6 +129,15 @@ def test_export_is_the_exact_sum_with_weights_and_blocks_put_in(loras, tmp_path:
     assert both.metadata["modelspec.trigger_phrase"] == "ink style, blob style"
 
 
+def test_export_writes_over_nothing_unless_told_to(loras, tmp_path: Path) -> None:
+    stack, before = saved(tmp_path, loras["ink"], loras["blob"]), loras["ink"].read_bytes()
+    with pytest.raises(AdapterError, match="is there already"):
+        run("stack", "export", stack, loras["ink"], "--lora-dir", tmp_path)
+    assert loras["ink"].read_bytes() == before
+    run("stack", "export", stack, loras["ink"], "--overwrite", "--lora-dir", tmp_path)
+    assert loras["ink"].read_bytes() != before
+
+
 def test_export_to_a_rank_reports_the_error_of_each_layer(loras, tmp_path: Path) -> None:
     stack = saved(tmp_path, loras["ink"], loras["blob"])
     target = tmp_path / "small.safetensors"
