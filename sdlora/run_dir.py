@@ -70,6 +70,12 @@ class RunDir:
         """The adapter saved at a step. Its name is unique, as generation tools go by file names."""
         return self.checkpoint_dir(step) / f"{self.name}-step-{step:06d}.safetensors"
 
+    def saved_steps(self) -> list[int]:
+        """The steps whose adapter is there, ascending."""
+        numbers = [folder.name.removeprefix("step-") for folder in (self.root / "checkpoints").glob("step-*")]
+        steps = sorted(int(number) for number in numbers if number.isdecimal())
+        return [step for step in steps if self.checkpoint_adapter_path(step).is_file()]
+
     def preview_path(self, step: int, index: int) -> Path:
         """The picture of preview prompt `index` at a step."""
         return self.root / "previews" / f"step-{step:06d}" / f"{index}.png"

@@ -1,5 +1,7 @@
 """The one training loop. It yields what happened; it does not print or draw, and it saves by itself.
 
+A save is copied between two steps and written beside the next ones.
+
 Everything that a run needs to go on is in `TrainerState`, the adapter, the optimizer and the gradient scaler: all
 random choices follow from the seed and the step. Those are what a checkpoint holds, and from one a trainer goes on
 exactly.
@@ -10,7 +12,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sdlora.adapter_file import PARTS, AdapterMetadata, LoraPair, Part, read_adapter, write_adapter
+from sdlora.background import Background
 from sdlora.batches import Batch, ExposureOrder, micro_batches
 from sdlora.checkpoint import Checkpoint, write_checkpoint
 from sdlora.config import TrainConfig
@@ -117,6 +121,8 @@ class Trainer:
         self._unseen: list[StepNumbers] = []
         self._bad: Tensor | None = None
         self._started = self._saved_at = time.perf_counter()
+        self._saver = Background("sdlora-save")
+        self._saving: CheckpointSaved | None = None
         self.adapter_plan = plan_adapter(components, config.lora)
         self._adapter = LiveAdapter(
             base_models(components), self.adapter_plan, dropout=config.lora.dropout, seed=config.train.seed
@@ -171,6 +177,8 @@ class Trainer:
             self.finished = self._finish()
         finally:
             self.detach()
+            self._saver.close()
+        yield from self._saved()
         yield self.finished
 
     def detach(self) -> None:
@@ -214,8 +222,11 @@ class Trainer:
                 yield from self._save_and_draw(step)
                 last_time = time.perf_counter()
             elif time.perf_counter() - self._saved_at > _STATE_SECONDS:
-                self._save_state()
+                self._begin_save()
+            elif not self._saver.is_busy:
+                yield from self._saved()
         self._look()
+        yield from self._saved()
 
     @property
     def _stops(self) -> bool:
@@ -487,11 +498,10 @@ class Trainer:
         yield from self._validate()
         # The last one is the result itself, unless an earlier one may become that.
         if step < self.plan.steps or self._validation_set is not None:
-            path = self._run_dir.checkpoint_adapter_path(step)
-            self._write(path)
-            self._save_state()
-            yield CheckpointSaved(step=step, path=str(path))
+            yield from self._saved()
+            self._begin_save(self._run_dir.checkpoint_adapter_path(step))
         if self._draw_previews is not None and self._processes.is_main:
+            yield from self._saved()
             self._adapter.train(False)
             with self._as_saved():
                 pictures = self._draw_previews(step)
@@ -542,15 +552,17 @@ class Trainer:
         return min(saved, key=saved.__getitem__) if saved else None
 
     def _finish(self) -> RunFinished:
+        self._saver.wait()
         path, best = self._run_dir.adapter_path, self._best_step()
         keeps_best = best is not None and best < self.state.step and self._config.validation.keep_best
         if best is not None and keeps_best and self._is_done and self._processes.is_main:
             kept = read_adapter(self._run_dir.checkpoint_adapter_path(best))
-            self._write(path, {part: kept.part(part) for part in PARTS}, step=best)
-        else:
-            self._write(path)
+            self._writer(path, {part: kept.part(part) for part in PARTS}, step=best)()
+        elif self._processes.is_main:
+            self._writer(path)()
         self.state.finished = self._is_done
-        self._save_state()
+        self._begin_save()
+        self._saver.wait()
         return RunFinished(
             step=self.state.step,
             path=str(path),
@@ -565,19 +577,51 @@ class Trainer:
             return
         try:
             self._look()
+            # What the disk did not take then, it is asked to take once more.
+            with suppress(AdapterError, CheckpointError):
+                self._saver.wait()
             self.finished = self._finish()
             error.add_note(f"The adapter after step {self.state.step} is saved: {self.finished.path}")
         except (AdapterError, CheckpointError, NonFiniteError) as second:
             error.add_note(f"What was learnt could not be saved either: {second}")
 
-    def _save_state(self) -> None:
+    def _begin_save(self, path: Path | None = None) -> None:
+        """Copies the state, and the adapter if a `path` is given for it, and writes them while the next steps are made.
+
+        Waits for the save before, if that is not done yet.
+        """
         self._look()
-        self._saved_at = time.perf_counter()
         if not self._processes.is_main:
+            self._saved_at = time.perf_counter()
             return
+        self._saver.wait()
         self.state.seconds = time.perf_counter() - self._started
-        write_checkpoint(self._run_dir.state_dir, pack_state(self._trained, self.state, self._facts))
+        write_state = partial(
+            write_checkpoint, self._run_dir.state_dir, pack_state(self._trained, self.state, self._facts)
+        )
+        write_file = self._writer(path) if path is not None else None
+
+        def write() -> None:
+            # In this order: where there is a state, there are all adapters of before.
+            if write_file is not None:
+                write_file()
+            write_state()
+
+        self._saver.start(write)
+        if path is not None:
+            self._saving = CheckpointSaved(step=self.state.step, path=str(path))
         self._saved_at = time.perf_counter()
+
+    def _saved(self) -> Iterator[Event]:
+        """Waits for the save that is being written, and tells of it.
+
+        Raises:
+            AdapterFileError, CheckpointError: it cannot be written.
+        """
+        self._saver.wait()
+        saved, self._saving = self._saving, None
+        if saved is not None:
+            yield saved
 
     def _restore(self, checkpoint: Checkpoint) -> TrainerState:
         try:
@@ -594,24 +638,22 @@ class Trainer:
             return averaged_weights(self._optimizer, self._named)
         return self._average.in_place() if self._average is not None else nullcontext()
 
-    def _write(
+    def _writer(
         self, path: Path, pairs: Mapping[Part, Mapping[str, LoraPair]] | None = None, *, step: int | None = None
-    ) -> None:
-        """The adapter as it is, or the given one of an earlier step."""
-        if not self._processes.is_main:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
+    ) -> Callable[[], Path]:
+        """What writes the adapter as it is now, or the given one of an earlier step, whatever becomes of it."""
         if pairs is None:
             with self._as_saved():
                 pairs = self._adapter.pairs()
-        metadata = self._metadata(path.stem, self.state.step if step is None else step)
-        write_adapter(
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return partial(
+            write_adapter,
             path,
             pairs.get("unet", {}),
             text_encoder=pairs.get("text_encoder"),
             text_encoder_2=pairs.get("text_encoder_2"),
             family=self._components.family.name,
-            metadata=metadata,
+            metadata=self._metadata(path.stem, self.state.step if step is None else step),
             dtype=DTYPES[self._config.output.dtype],
         )
 

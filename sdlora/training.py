@@ -28,7 +28,7 @@ from sdlora.data.dataset import ImageDataset, scan_configured, scan_dataset
 from sdlora.data.held_out import split_held_out
 from sdlora.data.names import list_names, shown_name
 from sdlora.errors import CheckpointError, ConfigError, DatasetError, ModelError, Problem, TrainingError
-from sdlora.events import Event, Observer, RunFinished, from_json
+from sdlora.events import CheckpointSaved, Event, Observer, RunFinished, from_json, to_json
 from sdlora.families import Components, load_components, resolve_base, weights_fingerprint
 from sdlora.lora import AdapterPlan, base_models, plan_adapter
 from sdlora.out_of_memory import telling_out_of_memory
@@ -143,7 +143,7 @@ def resume_run(
         if processes.is_main:
             if changes:
                 _record(run_dir, config, record)
-            _forget_events_after(run_dir, checkpoint.step)
+            _mend_events(run_dir, checkpoint.step)
         say(f"Going on after step {checkpoint.step}.")
         return _train(parts, run_dir, processes, checkpoint=checkpoint, observers=observers, say=say)
 
@@ -347,12 +347,11 @@ def _tell_other_versions(checkpoint: Checkpoint, say: Say) -> None:
         say(f"Note: other versions than when it was saved ({', '.join(other)}); results may differ in the last digits.")
 
 
-def _forget_events_after(run_dir: RunDir, step: int) -> None:
-    """Steps after the state will be made again, and told again."""
-    if not run_dir.events_path.exists():
-        return
-    kept = []
-    for line in run_dir.events_path.read_text(encoding="utf-8").splitlines(keepends=True):
+def _mend_events(run_dir: RunDir, step: int) -> None:
+    """Steps after the state will be made again, and told again; saves of before it that nobody heard of are told."""
+    lines = run_dir.events_path.read_text(encoding="utf-8").splitlines() if run_dir.events_path.exists() else []
+    kept, told = [], set()
+    for line in lines:
         try:
             event = from_json(line)
         except ValueError:
@@ -360,7 +359,12 @@ def _forget_events_after(run_dir: RunDir, step: int) -> None:
             continue
         if event.step <= step and not isinstance(event, RunFinished):
             kept.append(line)
-    write_text_atomic(run_dir.events_path, "".join(kept))
+        if isinstance(event, CheckpointSaved):
+            told.add(event.step)
+    untold = [saved for saved in run_dir.saved_steps() if saved <= step and saved not in told]
+    events = [CheckpointSaved(step=saved, path=str(run_dir.checkpoint_adapter_path(saved))) for saved in untold]
+    kept += [to_json(event) for event in events]
+    write_text_atomic(run_dir.events_path, "".join(f"{line}\n" for line in kept))
 
 
 def _require_space(run_dir: RunDir, adapter: AdapterPlan, num_saves: int, dtype: str) -> None:
