@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from sdlora.adapter_file import LoraPair, read_adapter, write_adapter
 from sdlora.adapter_file.safety import read_header
 from sdlora.checkpoint import read_latest_checkpoint
-from sdlora.errors import AdapterMismatchError, CheckpointError, ConfigError
+from sdlora.errors import AdapterFileError, AdapterMismatchError, CheckpointError, ConfigError
 from sdlora.events import Event, StepDone
 from sdlora.families import components_from_pipeline
 from sdlora.lora import active_ranks, lora_pairs
@@ -294,5 +295,10 @@ def test_lengths_do_not_decay_and_dora_refuses_what_it_cannot_have(tmp_path: Pat
     first = save(tmp_path / "first.safetensors", kohya_tensors(mixed_pairs()))
     with pytest.raises(ConfigError, match=r"first\.safetensors is no DoRA\. Set it to false"):
         make_trainer(tmp_path, lora={"init_from": first, "dora": True})
+    lengths = {path: torch.ones(1, pair.down.shape[1]) for path, pair in mixed_pairs().items()}
+    pairs = {path: replace(pair, dora_scale=lengths[path]) for path, pair in mixed_pairs().items()}
+    columns = write_adapter(tmp_path / "columns.safetensors", pairs, family="sd1", metadata=METADATA)
+    with pytest.raises(AdapterFileError, match=r"columns\.safetensors.*has no lengths by row"):
+        make_trainer(tmp_path, lora={"init_from": columns, "dora": True})
     with pytest.raises(ValueError, match="cannot have a timestep_min_rank"):
         make_config(lora={"dora": True, "timestep_min_rank": 2})

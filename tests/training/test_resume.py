@@ -22,13 +22,14 @@ from sdlora import embedded
 from sdlora.adapter_file import read_adapter
 from sdlora.checkpoint import Checkpoint, read_latest_checkpoint
 from sdlora.config import TrainConfig, load_config, setting_names, to_toml
+from sdlora.data.dataset import scan_dataset
 from sdlora.errors import CheckpointError, TrainingError
 from sdlora.events import Event, RunFinished, StepDone, from_json
 from sdlora.families import components_from_pipeline
 from sdlora.precision import Precision
-from sdlora.resume import CHANGE_CLASSES
+from sdlora.resume import CHANGE_CLASSES, dataset_changes, dataset_record
 from sdlora.trainer import Trainer
-from sdlora.training import resume_run, train_adapter
+from sdlora.training import rank_run, resume_run, train_adapter
 from tests.tiny import tiny_sd1
 from tests.training.helpers import make_config, make_trainer, make_training_set, write_pictures
 
@@ -234,8 +235,9 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, base: Path) -> None:
 
 
 def test_a_folder_without_run_or_state_is_told(tmp_path: Path, base: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"not the folder of a run: it holds no config\.toml"):
-        resume_run(tmp_path)
+    for action in (resume_run, rank_run):
+        with pytest.raises(CheckpointError, match=r"not the folder of a run: it holds no config\.toml"):
+            action(tmp_path)
     path = train_adapter(run_config(tmp_path, base))
     for folder in (path.parent / "state").iterdir():
         (folder / "manifest.json").write_text("{")
@@ -331,7 +333,11 @@ def test_too_little_space_is_told_before_the_first_step(
 def test_a_state_is_saved_between_saves_as_time_goes_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sdlora.trainer._STATE_SECONDS", 0.0)
     trainer = make_trainer(tmp_path, train=SIX_STEPS)
-    seen = [newest(tmp_path).step for event in trainer.run() if isinstance(event, StepDone) and event.step > 1]
+    seen = []
+    for event in trainer.run():
+        if isinstance(event, StepDone) and event.step > 1:
+            trainer._saver.wait()
+            seen.append(newest(tmp_path).step)
     assert seen == [1, 2, 3, 4, 5]
 
 
@@ -411,3 +417,44 @@ def test_forty_pictures_on_the_embedded_base_killed_ten_times_change_nothing(tmp
     assert saved_step(root) < 120
     resume_run(root)
     assert read_adapter(root / "ink.safetensors").tensor_sha256 == read_adapter(whole).tensor_sha256
+
+
+@needs_signals
+def test_other_versions_are_told_and_do_not_stop_it(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("sdlora.training.version", lambda name: "0.0.1" if name == "peft" else "1.0")
+        root = train_adapter(run_config(tmp_path, base), observers=[stop_after(2)]).parent
+        said: list[str] = []
+        patched.setattr("sdlora.training.version", lambda name: "0.0.2" if name == "peft" else "1.0")
+        resume_run(root, say=said.append)
+    assert "Note: other versions than when it was saved (peft 0.0.1 -> 0.0.2); results may differ" in " ".join(said)
+
+
+def test_a_changed_picture_and_a_changed_mask_are_told(tmp_path: Path) -> None:
+    folder, masks = write_pictures(tmp_path / "data", count=2), tmp_path / "masks"
+    masks.mkdir()
+    for name in ("0.png", "1.png"):
+        shutil.copyfile(folder / name, masks / name)
+    before = dataset_record(scan_dataset(folder, masks=str(masks), trigger="ink"))
+    shutil.copyfile(folder / "1.png", folder / "0.png")
+    shutil.copyfile(masks / "0.png", masks / "1.png")
+    changes = dataset_changes(before, dataset_record(scan_dataset(folder, masks=str(masks), trigger="ink")))
+    assert [str(change) for change in changes] == [
+        "0.png: the picture changed (changes the run)",
+        "1.png: its mask changed (changes the run)",
+    ]
+
+
+def test_what_cannot_be_saved_after_an_error_is_told_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> Path:
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.setattr("sdlora.trainer.write_checkpoint", full)
+    trainer = make_trainer(tmp_path, train=SIX_STEPS)
+    with pytest.raises(ZeroDivisionError) as caught:
+        for event in trainer.run():
+            if isinstance(event, StepDone) and event.step == 2:
+                trainer._set_learning_rate = lambda: 1 // 0  # type: ignore[method-assign]
+    assert caught.value.__notes__ == ["What was learnt could not be saved either: the disk is full"]
