@@ -328,8 +328,8 @@ class OptimizerConfig(_Section):
     name: Literal["adamw", "adamw8bit", "adafactor", "lion", "prodigy", "adamw-schedulefree"] = "adamw"
     """`lion` takes a third to a tenth of AdamW's learning rate, `prodigy` finds its own and takes 1. `adamw8bit` and
     `prodigy` need `pip install sdlora[optimizers]`. `adamw-schedulefree` (arXiv 2405.15682) averages instead of
-    lowering its rate, so that any save is as good as the end of a run of that length; `schedule` does not matter to it.
-    It needs `pip install sdlora[schedulefree]`."""
+    lowering its rate, so that any save is as good as the end of a run of that length; `schedule` does not matter to
+    it."""
 
     schedule: Literal["cosine", "cosine-restarts", "linear", "constant"] = "cosine"
     """The learning rate after the warm-up."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sdlora.config import TrainConfig
 from sdlora.errors import TrainingError
+from sdlora.schedule_free import AdamWScheduleFree
 
 __all__ = [
     "AdapterAverage",
@@ -20,7 +21,6 @@ __all__ = [
     "averaged_weights",
     "build_optimizer",
     "can_guard_itself",
-    "is_schedule_free",
     "learning_rate_at",
     "limit_norms",
     "optimizer_facts",
@@ -61,22 +61,19 @@ def build_optimizer(
         return torch.optim.Adafactor(groups, **options)
     if settings.name == "lion":
         return Lion(groups, **options)
+    if settings.name == "adamw-schedulefree":
+        return AdamWScheduleFree(groups, **options)
     module, cls, extra = {
         "prodigy": ("prodigyopt", "Prodigy", {"use_bias_correction": True, "safeguard_warmup": True}),
         "adamw8bit": ("bitsandbytes.optim", "AdamW8bit", {}),
-        "adamw-schedulefree": ("schedulefree", "AdamWScheduleFree", {}),
     }[settings.name]
-    extra_package = "schedulefree" if module == "schedulefree" else "optimizers"
     try:
         found = getattr(importlib.import_module(module), cls)
     except ImportError as error:
         raise TrainingError(
-            f"The optimizer {settings.name} needs a package that is not installed: "
-            f"`pip install sdlora[{extra_package}]`."
+            f"The optimizer {settings.name} needs a package that is not installed: `pip install sdlora[optimizers]`."
         ) from error
     optimizer: torch.optim.Optimizer = found(groups, **options, **extra)
-    if is_schedule_free(optimizer):
-        optimizer.train()  # type: ignore[attr-defined]
     return optimizer
 
 
@@ -90,21 +87,15 @@ def _lr_scale(name: str, config: TrainConfig) -> float:
     return scale * (0.1 if rate is None else rate / config.train.learning_rate)
 
 
-def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the weights to be used are an average that the optimizer keeps (arXiv 2405.15682)."""
-    return all("weight_sum" in group for group in optimizer.param_groups)
-
-
 @contextmanager
-def averaged_weights(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def averaged_weights(optimizer: AdamWScheduleFree, named: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """The adapter is the schedule-free optimizer's average for the length of a `with` block, and itself again after."""
     live = {name: parameter.detach().clone() for name, parameter in named.items()}
-    optimizer.eval()  # type: ignore[attr-defined]
+    optimizer.average()
     try:
         yield
     finally:
-        # Its own way back rounds, and a run must not depend on how often it was looked at.
-        optimizer.train()  # type: ignore[attr-defined]
+        # A run must not depend on how often it was looked at.
         _write(named, live)
 
 

@@ -43,7 +43,6 @@ from sdlora.optimizers import (
     averaged_weights,
     build_optimizer,
     can_guard_itself,
-    is_schedule_free,
     learning_rate_at,
     limit_norms,
 )
@@ -55,6 +54,7 @@ from sdlora.processes import ALONE, Processes
 from sdlora.randomness import counter_seed
 from sdlora.run_dir import RunDir
 from sdlora.run_metadata import run_metadata
+from sdlora.schedule_free import AdamWScheduleFree
 from sdlora.stopping import copying, has_learnt
 from sdlora.trainer_state import Trained, TrainerState, pack_state, unpack_state
 from sdlora.unet_modes import enter_modes, leave_modes
@@ -487,7 +487,7 @@ class Trainer:
             peak=self._config.train.learning_rate,
             warmup_steps=self.plan.warmup_steps,
             num_steps=self.plan.steps,
-            schedule="constant" if is_schedule_free(self._optimizer) else self._config.optimizer.schedule,
+            schedule="constant" if isinstance(self._optimizer, AdamWScheduleFree) else self._config.optimizer.schedule,
             restarts=self._config.optimizer.restarts,
         )
         for group in self._optimizer.param_groups:
@@ -634,7 +634,7 @@ class Trainer:
 
     def _as_saved(self) -> AbstractContextManager[None]:
         """The adapter as its file holds it: its average where one is kept."""
-        if is_schedule_free(self._optimizer):
+        if isinstance(self._optimizer, AdamWScheduleFree):
             return averaged_weights(self._optimizer, self._named)
         return self._average.in_place() if self._average is not None else nullcontext()
 

@@ -11,13 +11,11 @@ from torch import nn
 
 from sdlora.adapter_file import read_adapter
 from sdlora.checkpoint import read_latest_checkpoint
-from sdlora.errors import TrainingError
 from sdlora.events import StepDone
 from sdlora.lora import lora_pairs
 from sdlora.optimizers import averaged_weights, build_optimizer
+from sdlora.schedule_free import AdamWScheduleFree
 from tests.training.helpers import make_config, make_trainer
-
-pytest.importorskip("schedulefree")
 
 SETTINGS: dict[str, Any] = {
     "train": {"exposures": 3, "batch_size": 2, "learning_rate": 1e-2},
@@ -85,10 +83,27 @@ def test_it_does_not_go_with_other_averages() -> None:
         make_config(optimizer={"name": "adamw-schedulefree", "ema_decay": 0.9})
 
 
-def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(name: str) -> None:
-        raise ImportError(name)
-
-    monkeypatch.setattr("sdlora.optimizers.importlib.import_module", refuse)
-    with pytest.raises(TrainingError, match=r"pip install sdlora\[schedulefree\]"):
-        build_optimizer({"a.up": nn.Parameter(torch.ones(1))}, make_config(optimizer=SETTINGS["optimizer"]))
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_it_steps_as_the_package_of_the_papers_authors_does(weight_decay: float) -> None:
+    schedulefree = pytest.importorskip("schedulefree")
+    rates = [1e-3, 5e-3, 1e-2, 1e-2, 4e-3, 1e-2]
+    found = []
+    for build in (schedulefree.AdamWScheduleFree, AdamWScheduleFree):
+        generator = torch.Generator().manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((4, 3), (2,))]
+        optimizer = build(parameters, lr=rates[0], weight_decay=weight_decay)
+        if build is not AdamWScheduleFree:
+            optimizer.train()
+        for rate in rates:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+        live = [parameter.detach().clone() for parameter in parameters]
+        (optimizer.average if build is AdamWScheduleFree else optimizer.eval)()
+        found.append((live, [parameter.detach().clone() for parameter in parameters]))
+    for theirs, ours in zip(*found, strict=True):
+        for a, b in zip(theirs, ours, strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(found[1][0][0], found[1][1][0], atol=1e-3)
