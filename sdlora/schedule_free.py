@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class AdamWScheduleFree(torch.optim.Optimizer):
             if parameters:
                 self._move(group, parameters, share)
 
-    def _move(self, group: dict[str, Any], y: Sequence[Tensor], share: float) -> None:
+    def _move(self, group: dict[str, Any], y: list[Tensor], share: float) -> None:
         """One step of z, of which x takes in that share, and what this means for y."""
         rate, (beta1, beta2) = group["lr"], group["betas"]
         gradients = [parameter.grad for parameter in y if parameter.grad is not None]
