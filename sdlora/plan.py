@@ -99,6 +99,8 @@ def plan_run(
         "base": step.weight_bytes,
         **({"text encoders": step.text_weight_bytes} if step.text_weight_bytes else {}),
         "adapter and optimizer": round(4 * kept * step.adapter_parameters),
+        # Copies on the host, and the same once more as the bytes of the files.
+        **({"a save being written": round(4 * 2 * (kept + 1) * step.adapter_parameters)} if on_cpu else {}),
         "activations and gradients": round(heap * step.peak_bytes),
         **({"encoders for previews": encoders - step.text_weight_bytes} if config.preview.prompts else {}),
     }
