@@ -377,16 +377,23 @@ class ValidationConfig(_Section):
     timesteps: Count = 4
     """Noise levels per picture."""
 
-    stop: Literal["never", "patience", "plateau"] = "never"
-    """Ends the run when the held-out loss has told enough: `patience` when its lowest value is `stop_after`
-    measurements old, `plateau` when the last `stop_after` hardly vary any more (DVAR, arXiv 2302.04841). With either,
-    20 saves are made instead of five unless `train.save_every` says otherwise."""
+    stop: Literal["never", "patience", "plateau", "rise"] = "never"
+    """Ends the run when the held-out loss has told enough: `rise` when it is higher than its lowest value by three
+    standard errors of the pictures' differences, `patience` when its lowest value is `stop_after` measurements old,
+    `plateau` when the last `stop_after` hardly vary any more (DVAR, arXiv 2302.04841). With each, 20 saves are made
+    instead of five unless `train.save_every` says otherwise. It goes with `optimizer.name = "adamw-schedulefree"`: a
+    learning rate that falls over the planned length has hardly fallen where the run ends."""
 
     stop_after: Annotated[int, Field(strict=True, ge=2)] = 5
     """Measurements that `stop` looks back on."""
 
     keep_best: bool = Field(default=True, strict=True)
-    """The save with the lowest held-out loss becomes the result; all others stay in `checkpoints`."""
+    """The latest save whose held-out loss is at most `tolerance` above the lowest becomes the result; all others stay
+    in `checkpoints`."""
+
+    tolerance: Annotated[float, Field(strict=True, ge=0)] = 0.1
+    """How much higher than the lowest the held-out loss of the result may be, as a share: a style goes on arriving
+    while that loss begins to rise. 0: the lowest itself."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

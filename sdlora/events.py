@@ -78,7 +78,7 @@ class ValidationDone:
 class RunFinished:
     """The run is over and its adapter lies at `path`; `stopped_early` says that fewer steps than planned were made.
 
-    `best_step` is the save with the lowest held-out loss (None: there were no held-out images); unless the run was
+    `best_step` is the save that the held-out loss speaks for (None: there were no held-out images); unless the run was
     stopped early or told otherwise, `path` is the adapter of that step. `converged` says that the held-out loss ended
     it (`validation.stop`), which is a whole run.
     """

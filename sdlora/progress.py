@@ -179,13 +179,13 @@ def _sentence(event: CheckpointSaved | PreviewReady | ValidationDone | RunFinish
             )
         case RunFinished(converged=True):
             return (
-                f"Finished after {event.step} steps in {_duration(event.seconds)}: the held-out loss no longer fell. "
-                f"Lowest after step {event.best_step}. {event.path}"
+                f"Finished after {event.step} steps in {_duration(event.seconds)}: the held-out loss says so. "
+                f"Best save: step {event.best_step}. {event.path}"
             )
         case RunFinished() if event.best_step is not None:
             return (
-                f"Finished {event.step} steps in {_duration(event.seconds)}. Lowest loss on the held-out pictures: "
-                f"after step {event.best_step}. {event.path}"
+                f"Finished {event.step} steps in {_duration(event.seconds)}. Best save by the held-out pictures: "
+                f"step {event.best_step}. {event.path}"
             )
         case RunFinished():
             return f"Finished {event.step} steps in {_duration(event.seconds)}: {event.path}"

@@ -14,12 +14,11 @@ from sdlora.errors import TrainingError
 from sdlora.events import CheckpointSaved, Event, PreviewReady, RunFinished, ValidationDone, from_json
 from sdlora.fidelity import style_distance, style_features
 from sdlora.run_dir import RunDir, write_text_atomic
-from sdlora.stopping import copying
+from sdlora.stopping import best_save, copying
 
 __all__ = ["RankedSave", "rank_saves", "read_events", "write_ranking"]
 
 _PICTURES = 40
-_NEAR = 1.01
 _MUCH_COPYING = 0.05
 
 
@@ -39,10 +38,15 @@ class RankedSave:
 
 
 def rank_saves(
-    events: Iterable[Event], pictures: Sequence[Path], *, background: tuple[int, int, int]
+    events: Iterable[Event],
+    pictures: Sequence[Path],
+    *,
+    background: tuple[int, int, int],
+    tolerance: float,
 ) -> list[RankedSave]:
-    """The saves of a run, the best first: by held-out loss where it was measured, else by the style of the previews,
-    else the latest. `pictures` are those that were trained on; they are only looked at if previews were drawn.
+    """The saves of a run, the best first: the latest whose held-out loss is at most `tolerance` (a share) above the
+    lowest, then by that loss, where it was measured; else by the style of the previews, else the latest. `pictures` are
+    those that were trained on; they are only looked at if previews were drawn.
 
     Raises:
         DatasetError: a picture cannot be read any more.
@@ -61,15 +65,14 @@ def rank_saves(
             previews.setdefault(event.step, []).append(Path(event.path))
     distances = _distances({step: previews[step] for step in saves if step in previews}, pictures, background)
     first = measured.get(0)
+    losses = {step: measured[step].held_out_loss for step in saves if step in measured}
+    best, lowest = best_save(losses, tolerance=tolerance), min(losses.values(), default=None)
 
-    def worth(step: int) -> tuple[float, float, int]:
-        loss = measured[step].held_out_loss if step in measured else float("inf")
-        return loss, distances.get(step, float("inf")), -step
+    def worth(step: int) -> tuple[bool, float, float, int]:
+        return step != best, losses.get(step, float("inf")), distances.get(step, float("inf")), -step
 
-    order = sorted(saves, key=worth)
     ranked = []
-    lowest = measured[order[0]].held_out_loss if order and order[0] in measured else None
-    for place, step in enumerate(order):
+    for step in sorted(saves, key=worth):
         found = measured.get(step)
         copied = _copying(first, found)
         ranked.append(
@@ -79,7 +82,9 @@ def rank_saves(
                 held_out_loss=found.held_out_loss if found else None,
                 copying=copied,
                 style_distance=distances.get(step),
-                reason=_reason(place, found, lowest, copied, distances, step, max(order)),
+                reason=_reason(
+                    step, found, lowest, copied, distances, is_best=step == best, is_last=step == max(saves)
+                ),
             )
         )
     return ranked
@@ -139,26 +144,25 @@ def _opened(path: Path) -> Image.Image:
 
 
 def _reason(
-    place: int,
+    step: int,
     event: ValidationDone | None,
     lowest: float | None,
     copied: float | None,
     distances: dict[int, float],
-    step: int,
-    last: int,
+    *,
+    is_best: bool,
+    is_last: bool,
 ) -> str:
     parts = []
     if event is not None and lowest is not None:
-        if place == 0:
-            parts.append(f"lowest held-out loss ({event.held_out_loss:.4f})")
-        elif event.held_out_loss <= _NEAR * lowest:
-            parts.append(f"held-out loss within 1 % of the lowest ({event.held_out_loss:.4f})")
+        if event.held_out_loss == lowest:
+            loss = f"lowest held-out loss ({lowest:.4f})"
         else:
-            more = event.held_out_loss / lowest - 1
-            parts.append(f"held-out loss {more:.1%} above the lowest ({event.held_out_loss:.4f})")
+            loss = f"held-out loss {event.held_out_loss / lowest - 1:.1%} above the lowest ({event.held_out_loss:.4f})"
+        parts.append(f"the latest that is near enough: {loss}" if is_best and event.held_out_loss > lowest else loss)
     if copied is not None and copied > _MUCH_COPYING:
         parts.append(f"copies: the loss fell {copied:.0%} further on its own pictures than on held-out ones")
     if step in distances:
         nearest = " the nearest:" if distances[step] == min(distances.values()) else ""
         parts.append(f"previews:{nearest} {distances[step]:.2f} from the pictures' style")
-    return "; ".join(parts) or ("the latest" if step == last else "an earlier save; nothing was measured")
+    return "; ".join(parts) or ("the latest" if is_last else "an earlier save; nothing was measured")

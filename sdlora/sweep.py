@@ -267,13 +267,12 @@ def _result(folder: Path, run: SweepRun) -> SweepResult:
     measured.pop(0, None)
     if not ends or ends[-1].stopped_early:
         return SweepResult(run.name, run.changed, "not finished", error="run the sweep again to go on")
-    best = min(measured, key=measured.__getitem__) if measured else None
     return SweepResult(
         run.name,
         run.changed,
         "finished",
-        held_out_loss=None if best is None else measured[best],
-        best_step=best,
+        held_out_loss=min(measured.values(), default=None),
+        best_step=ends[-1].best_step,
         steps=ends[-1].step,
         seconds=ends[-1].seconds,
         path=str(root / f"{run.name}.safetensors"),

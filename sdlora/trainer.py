@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ from sdlora.randomness import counter_seed
 from sdlora.run_dir import RunDir
 from sdlora.run_metadata import run_metadata
 from sdlora.schedule_free import AdamWScheduleFree
-from sdlora.stopping import copying, has_learnt
+from sdlora.stopping import best_save, copying, has_learnt
 from sdlora.trainer_state import Trained, TrainerState, pack_state, unpack_state
 from sdlora.unet_modes import enter_modes, leave_modes
 
@@ -74,7 +75,7 @@ class Trainer:
     never changed. `draw_previews`, called after a save with the step, returns the pictures it drew. With a `checkpoint`
     the run goes on after its step, as if it had never stopped; `facts` are put into every checkpoint written. With a
     `validation_set` the loss on it, always with the same noise, is measured before the first step and at every save,
-    and the adapter of the save where it was lowest becomes the result. The images of a `prior_set` are learnt beside
+    and the adapter of the save it speaks for becomes the result. The images of a `prior_set` are learnt beside
     the others, as many in each step, in an order of their own. Several `processes` share the steps of one run: each has
     a trainer of the same arguments, the first one saves, validates and draws.
     """
@@ -514,18 +515,21 @@ class Trainer:
         if self._validation_set is None:
             return
         count = self._config.validation.timesteps
-        held_out = trained_on = 0.0
+        each, own = [0.0], [0.0]
         if self._processes.is_main:
             self._adapter.train(False)
             with self._as_saved(), torch.no_grad():
-                held_out = self._fixed_loss(self._validation_set, count)
-                trained_on = self._fixed_loss(self._training_set, count)
+                each = self._fixed_losses(self._validation_set, count)
+                own = self._fixed_losses(self._training_set, count)
             self._adapter.train()
         # Rounding may differ between devices, and all must agree when to stop.
-        held_out, trained_on = self._processes.from_main((held_out, trained_on))
-        state, settings = self.state, self._config.validation
-        state.validations[str(state.step)], state.own_losses[str(state.step)] = held_out, trained_on
-        state.converged = has_learnt(list(state.validations.values()), rule=settings.stop, after=settings.stop_after)
+        each, own = self._processes.from_main((each, own))
+        held_out, trained_on = fmean(each), fmean(own)
+        state, settings, step = self.state, self._config.validation, str(self.state.step)
+        state.validations[step], state.held_out[step], state.own_losses[step] = held_out, each, trained_on
+        # States of before there was one for each picture hold the mean.
+        measured = [state.held_out.get(step, [mean] * len(each)) for step, mean in state.validations.items()]
+        state.converged = has_learnt(measured, rule=settings.stop, after=settings.stop_after)
         copied = None
         if "0" in state.own_losses and state.step > 0:
             copied = copying(
@@ -536,20 +540,22 @@ class Trainer:
             )
         yield ValidationDone(step=state.step, held_out_loss=held_out, training_loss=trained_on, copying=copied)
 
-    def _fixed_loss(self, images: TrainingSet, count: int) -> float:
+    def _fixed_losses(self, images: TrainingSet, count: int) -> list[float]:
+        """Of each image, over `count` timesteps."""
         assert self._validation_set is not None
         every = max(1, len(images.examples) // len(self._validation_set.examples))
         chosen = list(range(0, len(images.examples), every))[: len(self._validation_set.examples)]
         # All timesteps of an image stand together, and neighbours are far apart on the schedule.
         exposures = [(n, chosen[n // count]) for n in range(count * len(chosen))]
         batches = self._batches(exposures, images, seed=counter_seed(self._config.train.seed, "validation"), fixed=True)
-        total = sum(float(self._losses(batch, dropout_counters=(-2, 0)).sum()) for batch in batches)
-        return total / len(exposures)
+        losses = torch.cat([self._losses(batch, dropout_counters=(-2, 0)) for batch in batches])
+        means: list[float] = losses.view(len(chosen), count).mean(1).tolist()
+        return means
 
     def _best_step(self) -> int | None:
-        """The save with the lowest held-out loss; None without a validation set."""
+        """The save that the held-out loss speaks for; None without a validation set."""
         saved = {int(step): loss for step, loss in self.state.validations.items() if int(step) > 0}
-        return min(saved, key=saved.__getitem__) if saved else None
+        return best_save(saved, tolerance=self._config.validation.tolerance)
 
     def _finish(self) -> RunFinished:
         self._saver.wait()

@@ -170,7 +170,12 @@ def rank_run(root: Path) -> list[RankedSave]:
     run_dir = RunDir(root, config.run_name)
     names = own_pictures(json.loads(run_dir.dataset_path.read_text(encoding="utf-8")))
     pictures = [config.data.path / name for name in names]
-    ranked = rank_saves(read_events(run_dir), pictures, background=config.data.background_rgb)
+    ranked = rank_saves(
+        read_events(run_dir),
+        pictures,
+        background=config.data.background_rgb,
+        tolerance=config.validation.tolerance,
+    )
     write_ranking(run_dir, ranked)
     return ranked
 
@@ -220,6 +225,7 @@ class _Parts:
         ):
             cache = _open_cache(config)
             trained_on, held_out = _split(config, dataset, say)
+            _require_enough(config, held_out)
             training_set = _prepare(config, components, trained_on, cache)
             validation_set = _prepare_steady(config, components, held_out, CaptionRules.of(config.data).steady(), cache)
             prior_set = _prepare_steady(config, components, prior, CaptionRules(), cache)
@@ -307,7 +313,13 @@ def _train(
 
 def _rank(parts: _Parts, run_dir: RunDir, say: Say) -> None:
     """Says which saves are best, where something was measured."""
-    ranked = rank_saves(read_events(run_dir), parts.pictures, background=parts.config.data.background_rgb)
+    config = parts.config
+    ranked = rank_saves(
+        read_events(run_dir),
+        parts.pictures,
+        background=config.data.background_rgb,
+        tolerance=config.validation.tolerance,
+    )
     if len(ranked) < 2 or (ranked[0].held_out_loss is None and ranked[0].style_distance is None):
         return
     say(f"The saves, the best first ({write_ranking(run_dir, ranked)}):")
@@ -456,6 +468,17 @@ def _split(config: TrainConfig, dataset: ImageDataset, say: Say) -> tuple[ImageD
         problem = Problem("validation.path", "these are the pictures that are trained on.", "Hold out others.")
         raise DatasetError(path, [problem])
     return dataset, scan_dataset(path, trigger=config.data.trigger, background=config.data.background_rgb)
+
+
+def _require_enough(config: TrainConfig, held_out: ImageDataset | None) -> None:
+    """
+    Raises:
+        ConfigError: a single picture is to tell what is beyond doubt.
+    """
+    if config.validation.stop == "rise" and held_out is not None and len(held_out.examples) < 2:
+        what = '"rise" compares held-out pictures with each other, and there is one.'
+        problem = Problem("validation.stop", what, "Hold out more, or set it to patience.")
+        raise ConfigError("the settings", [problem])
 
 
 def require_attention(attention: str, device: torch.device) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["GUIDANCE_SCALE", "NUM_INFERENCE_STEPS", "STYLES", "TRAINING", "model_card", "path", "subjects"]
+__all__ = ["GUIDANCE_SCALE", "NUM_INFERENCE_STEPS", "STYLES", "TO_STOP", "TRAINING", "model_card", "path", "subjects"]
 
 STYLES = ("noto", "flat", "gradient", "twemoji", "emojione", "monotone")
 """The styles it was trained on; a caption reads "<subject>, <style> style"."""
@@ -21,6 +21,13 @@ NUM_INFERENCE_STEPS = 20
 TRAINING = ("train.exposures=40", "train.batch_size=8", "train.learning_rate=6e-3", "train.snr_gamma=0.0")
 """Settings of a LoRA run on it, where Stable Diffusion's own do not suit: its narrow layers take a larger step, and its
 colours are decided at the noisiest timesteps, to which Min-SNR gives hardly any weight (docs/LOG.md)."""
+
+TO_STOP = (
+    "optimizer.name=adamw-schedulefree",
+    "train.learning_rate=1.5e-2",
+    "validation.stop=rise",
+)
+"""What to set besides, with held-out pictures, so that a run ends itself as soon as the style is there."""
 
 
 def path() -> Path:

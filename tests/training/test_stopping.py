@@ -21,7 +21,7 @@ from sdlora.events import CheckpointSaved, Event, PreviewReady, RunFinished, Ste
 from sdlora.families import components_from_pipeline
 from sdlora.length import plan_length
 from sdlora.ranking import rank_saves
-from sdlora.stopping import copying, has_learnt
+from sdlora.stopping import best_save, copying, has_learnt
 from sdlora.trainer import Trainer
 from sdlora.training import resume_run, train_adapter
 from tests.tiny import tiny_sd1
@@ -30,21 +30,48 @@ from tests.training.helpers import make_config, make_trainer, make_training_set,
 WHITE = (255, 255, 255)
 
 
+def alone(losses: list[float]) -> list[list[float]]:
+    """Of one picture."""
+    return [[loss] for loss in losses]
+
+
 def test_patience_counts_measurements_since_the_lowest() -> None:
     losses = [5.0, 4.0, 3.0, 3.5, 3.2]
-    assert not has_learnt(losses, rule="patience", after=3)
-    assert has_learnt([*losses, 3.1], rule="patience", after=3)
-    assert not has_learnt([*losses, 2.9], rule="patience", after=3)
-    assert not has_learnt([*losses, 3.1], rule="never", after=3)
-    assert not has_learnt([1.0, 2.0, 3.0], rule="patience", after=3)
+    assert not has_learnt(alone(losses), rule="patience", after=3)
+    assert has_learnt(alone([*losses, 3.1]), rule="patience", after=3)
+    assert not has_learnt(alone([*losses, 2.9]), rule="patience", after=3)
+    assert not has_learnt(alone([*losses, 3.1]), rule="never", after=3)
+    assert not has_learnt(alone([1.0, 2.0, 3.0]), rule="patience", after=3)
 
 
 def test_a_plateau_is_where_the_last_measurements_vary_little_beside_all() -> None:
     falling = [5.0, 4.0, 3.0, 2.0, 1.0]
-    assert not has_learnt(falling, rule="plateau", after=3)
+    assert not has_learnt(alone(falling), rule="plateau", after=3)
     flat = [*falling, 0.9, 0.95, 0.9]
     assert pvariance(flat[-3:]) / pvariance(flat) < 0.15
-    assert has_learnt(flat, rule="plateau", after=3)
+    assert has_learnt(alone(flat), rule="plateau", after=3)
+
+
+def test_a_rise_counts_from_three_standard_errors_of_what_the_pictures_differ_by() -> None:
+    before, lowest = [5.0, 3.0, 4.0, 2.0], [4.0, 2.0, 3.0, 1.0]
+
+    def risen(by: list[float]) -> bool:
+        last = [loss + more for loss, more in zip(lowest, by, strict=True)]
+        return has_learnt([before, lowest, last], rule="rise", after=3)
+
+    rise = [0.1, 0.3, 0.2, 0.2]  # the mean is 0.2, its standard error 0.0408
+    assert risen(rise)
+    assert not risen([0.0, 0.4, 0.3, 0.1])  # the same mean, with an error of 0.0913
+    assert not risen([-more for more in rise])
+    assert not risen([0.0] * 4)
+    assert not has_learnt([before], rule="rise", after=3)
+
+
+def test_the_best_save_is_the_latest_that_is_near_enough() -> None:
+    losses = {10: 0.6, 20: 0.5, 30: 0.52, 40: 0.55, 50: 0.56}
+    assert best_save(losses, tolerance=0.1) == 40
+    assert best_save(losses, tolerance=0.0) == 20
+    assert best_save({}, tolerance=0.1) is None
 
 
 def test_copying_is_what_fell_further_on_the_own_pictures() -> None:
@@ -75,13 +102,13 @@ def stopping(folder: Path, losses: list[float], **settings: Any) -> Trainer:
         **settings,
     )
     # Held-out pictures and own ones are measured in turn.
-    trainer._fixed_loss = lambda images, count: (  # type: ignore[method-assign]
+    trainer._fixed_losses = lambda images, count: [  # type: ignore[method-assign]
         losses[trainer.state.step] if images is held_out else 1.0
-    )
+    ]
     return trainer
 
 
-LOSSES = [5.0, 4.0, 3.0, 3.5, 3.2, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+LOSSES = [5.0, 4.0, 3.0, 3.5, 3.4, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
 
 
 def test_a_run_ends_itself_and_its_best_save_is_the_result(tmp_path: Path) -> None:
@@ -155,6 +182,38 @@ def test_a_run_that_ended_itself_is_finished_and_killed_before_its_result_is_not
     assert json.loads(result.output) == ranking
 
 
+def test_a_rise_needs_two_pictures(tmp_path: Path) -> None:
+    config = make_config(
+        data={"path": write_pictures(tmp_path / "data"), "trigger": "ink style"},
+        validation={"count": 1, "stop": "rise"},
+    )
+    with pytest.raises(ConfigError, match=r"compares held-out pictures with each other, and there is one"):
+        train_adapter(config, components=components_from_pipeline(tiny_sd1()))
+
+
+def test_a_rise_ends_the_run_and_the_latest_good_save_is_its_result(tmp_path: Path) -> None:
+    components = components_from_pipeline(tiny_sd1())
+    held_out = make_training_set(components, seed=7)
+    trainer = make_trainer(
+        tmp_path,
+        components=components,
+        validation_set=held_out,
+        train={"exposures": 5, "batch_size": 2, "save_every": 1},
+        validation={"path": "others", "stop": "rise"},
+    )
+    rises = [2.0, 1.0, 1.02, 1.05, 1.15, 9.0, 9.0]  # the pictures' differences vary by 0.05, the mean's error is 0.029
+
+    def losses(images: Any, count: int) -> list[float]:
+        step = trainer.state.step
+        return [rises[step] + (0.05 * (index - 1) if step != 1 else 0.0) for index in range(3)]
+
+    trainer._fixed_losses = losses  # type: ignore[method-assign]
+    finished = list(trainer.run())[-1]
+    assert isinstance(finished, RunFinished) and finished.converged
+    assert (finished.step, finished.best_step) == (4, 3)
+    assert read_adapter(tmp_path / "ink.safetensors").metadata["sdlora.steps"] == "3"
+
+
 def rewrite(state: Path, facts: dict[str, Any]) -> None:
     """Puts other facts into a saved state, with a manifest that fits."""
     data = json.dumps(facts).encode()
@@ -172,12 +231,15 @@ def test_saves_are_ranked_by_held_out_loss_and_told_why() -> None:
     events: list[Event] = [validated(0, 1.0, 1.0)]
     for step, held_out, own in ((10, 0.8, 0.8), (20, 0.75, 0.5), (30, 0.752, 0.74)):
         events += [validated(step, held_out, own), CheckpointSaved(step=step, path=f"{step}.safetensors")]
-    ranked = rank_saves(events, [], background=WHITE)
+    ranked = rank_saves(events, [], background=WHITE, tolerance=0.0)
     assert [save.step for save in ranked] == [20, 30, 10]
     assert ranked[0].reason.startswith("lowest held-out loss (0.7500); copies: the loss fell 25% further")
-    assert ranked[1].reason == "held-out loss within 1 % of the lowest (0.7520)"
+    assert ranked[1].reason == "held-out loss 0.3% above the lowest (0.7520)"
     assert ranked[2].reason == "held-out loss 6.7% above the lowest (0.8000)"
     assert ranked[0].copying == pytest.approx(0.25)
+    nearly = rank_saves(events, [], background=WHITE, tolerance=0.01)
+    assert [save.step for save in nearly] == [30, 20, 10]
+    assert nearly[0].reason == "the latest that is near enough: held-out loss 0.3% above the lowest (0.7520)"
 
 
 def test_without_held_out_pictures_the_style_of_the_previews_decides(tmp_path: Path) -> None:
@@ -191,7 +253,7 @@ def test_without_held_out_pictures_the_style_of_the_previews_decides(tmp_path: P
     for step, colour in ((1, (30, 30, 200)), (2, (205, 32, 30)), (3, (30, 200, 30))):
         events.append(CheckpointSaved(step=step, path=f"{step}.safetensors"))
         events.append(PreviewReady(step=step, path=str(picture(f"{step}.png", colour))))
-    ranked = rank_saves(events, style, background=WHITE)
+    ranked = rank_saves(events, style, background=WHITE, tolerance=0.0)
     assert ranked[0].step == 2
     assert "previews: the nearest:" in ranked[0].reason
     assert ranked[0].style_distance == min(save.style_distance or 9.0 for save in ranked)
@@ -199,7 +261,7 @@ def test_without_held_out_pictures_the_style_of_the_previews_decides(tmp_path: P
 
 def test_without_any_measure_the_latest_is_first() -> None:
     events = [CheckpointSaved(step=1, path="1"), RunFinished(step=2, path="2", seconds=1.0)]
-    assert [(save.step, save.reason) for save in rank_saves(events, [], background=WHITE)] == [
+    assert [(save.step, save.reason) for save in rank_saves(events, [], background=WHITE, tolerance=0.0)] == [
         (2, "the latest"),
         (1, "an earlier save; nothing was measured"),
     ]

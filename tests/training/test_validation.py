@@ -60,16 +60,19 @@ def test_the_measure_does_not_depend_on_batch_size_nor_on_the_step(tmp_path: Pat
     assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-5)
 
 
-@pytest.mark.parametrize(("best", "keep", "published"), [(2, True, 2), (6, True, 6), (2, False, 6)])
+@pytest.mark.parametrize(
+    ("lowest", "settings", "best", "published"),
+    [(2, {}, 2, 2), (6, {}, 6, 6), (2, {"keep_best": False}, 2, 6), (2, {"tolerance": 2.1}, 4, 4)],
+)
 def test_the_best_save_becomes_the_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best: int, keep: bool, published: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lowest: int, settings: dict[str, Any], best: int, published: int
 ) -> None:
-    trainer = validated(tmp_path, validation={"keep_best": keep})
+    trainer = validated(tmp_path, validation=settings)
 
-    def loss(images: Any, count: int) -> float:
-        return abs(trainer.state.step - best) + 1.0
+    def losses(images: Any, count: int) -> list[float]:
+        return [abs(trainer.state.step - lowest) + 1.0]
 
-    monkeypatch.setattr(trainer, "_fixed_loss", loss)
+    monkeypatch.setattr(trainer, "_fixed_losses", losses)
     (finished,) = of(RunFinished, list(trainer.run()))
     assert finished.best_step == best
     result = read_adapter(tmp_path / "ink.safetensors")
