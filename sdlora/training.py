@@ -591,6 +591,12 @@ def _introduce(
             "Note: this is DoRA. sdlora and LyCORIS draw its files right; diffusers, kohya's networks.lora, ComfyUI "
             "and A1111 draw something else, without an error. `sdlora lora bake` makes a base of it for every tool."
         )
+    falls = config.optimizer.name not in ("adamw-schedulefree", "prodigy") and config.optimizer.schedule != "constant"
+    if config.validation.stop != "never" and falls:
+        say(
+            "Note: where validation.stop ends the run, its learning rate has hardly fallen, and the style is not all "
+            "there. optimizer.name=adamw-schedulefree needs no fall; it takes about 2.5 times the learning rate."
+        )
     size = adapter.file_bytes_in(config.output.dtype)
     say(f"Each adapter file: {size:,} bytes of weights in {adapter.num_layers} layers.")
     say(trainer.plan.explanation)

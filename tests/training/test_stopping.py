@@ -191,6 +191,20 @@ def test_a_rise_needs_two_pictures(tmp_path: Path) -> None:
         train_adapter(config, components=components_from_pipeline(tiny_sd1()))
 
 
+@pytest.mark.parametrize(("optimizer", "told"), [("adamw", True), ("adamw-schedulefree", False)])
+def test_a_rate_that_would_still_fall_is_told(tmp_path: Path, optimizer: str, told: bool) -> None:
+    config = make_config(
+        data={"path": write_pictures(tmp_path / "data"), "trigger": "ink style"},
+        output={"dir": tmp_path, "name": "ink"},
+        train={"exposures": 1},
+        optimizer={"name": optimizer},
+        validation={"count": 1, "stop": "patience", "timesteps": 1},
+    )
+    said: list[str] = []
+    train_adapter(config, components=components_from_pipeline(tiny_sd1()), say=said.append)
+    assert any("its learning rate has hardly fallen" in line for line in said) == told
+
+
 def test_a_rise_ends_the_run_and_the_latest_good_save_is_its_result(tmp_path: Path) -> None:
     components = components_from_pipeline(tiny_sd1())
     held_out = make_training_set(components, seed=7)
