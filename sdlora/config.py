@@ -378,11 +378,11 @@ class ValidationConfig(_Section):
     """Noise levels per picture."""
 
     stop: Literal["never", "patience", "plateau", "rise"] = "never"
-    """Ends the run when the held-out loss has told enough: `rise` when it is higher than its lowest value by three
-    standard errors of the pictures' differences, `patience` when its lowest value is `stop_after` measurements old,
-    `plateau` when the last `stop_after` hardly vary any more (DVAR, arXiv 2302.04841). With each, 20 saves are made
-    instead of five unless `train.save_every` says otherwise. It goes with `optimizer.name = "adamw-schedulefree"`: a
-    learning rate that falls over the planned length has hardly fallen where the run ends."""
+    """Ends the run when the held-out loss has told enough: `rise` when it is more than `tolerance` above its lowest
+    value, `patience` when that value is `stop_after` measurements old, `plateau` when the last `stop_after` hardly vary
+    any more (DVAR, arXiv 2302.04841). With each, 20 saves are made instead of five unless `train.save_every` says
+    otherwise. It goes with `optimizer.name = "adamw-schedulefree"`: a learning rate that falls over the planned length
+    has hardly fallen where the run ends."""
 
     stop_after: Annotated[int, Field(strict=True, ge=2)] = 5
     """Measurements that `stop` looks back on."""

@@ -95,7 +95,7 @@ CHANGE_CLASSES: dict[str, Meaning] = {
     "validation.stop": "changes the run",
     "validation.stop_after": "changes the run",
     "validation.keep_best": "free",
-    "validation.tolerance": "free",
+    "validation.tolerance": "changes the run",
     "prior.weight": "changes the run",
     "prior.prompts": "changes the run",
     "prior.path": "free",

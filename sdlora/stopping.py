@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean, pvariance, stdev
+from statistics import pvariance
 from typing import Literal
 
 __all__ = ["best_save", "copying", "has_learnt"]
@@ -11,33 +11,22 @@ __all__ = ["best_save", "copying", "has_learnt"]
 StopRule = Literal["never", "patience", "plateau", "rise"]
 
 _PLATEAU = 0.15
-_BEYOND_DOUBT = 3.0
-"""Standard errors."""
 
 
-def has_learnt(measured: Sequence[Sequence[float]], *, rule: StopRule, after: int) -> bool:
-    """Whether to stop after these losses of each held-out picture, oldest first, the first ones before any step.
+def has_learnt(held_out: Sequence[float], *, rule: StopRule, after: int, tolerance: float) -> bool:
+    """Whether to stop after these losses on held-out pictures, oldest first, the first one before any step.
 
-    "patience": the lowest mean is `after` measurements old. "plateau": the variance of the last `after` means is below
-    0.15 of that of all (DVAR, arXiv 2302.04841), asked once there are more than `after`. "rise": the last mean is
-    higher than the lowest by three standard errors of the pictures' differences.
+    "rise": the last one is more than `tolerance` (a share) above the lowest, so that it cannot be the `best_save`.
+    "patience": the lowest one is `after` measurements old. "plateau": the variance of the last `after` of them is below
+    0.15 of that of all (DVAR, arXiv 2302.04841), asked once there are more than `after`.
     """
-    means = [fmean(losses) for losses in measured]
-    lowest = means.index(min(means))
     if rule == "rise":
-        return _is_above(measured[-1], measured[lowest])
-    if rule == "never" or len(means) <= after:
+        return held_out[-1] > (1 + tolerance) * min(held_out)
+    if rule == "never" or len(held_out) <= after:
         return False
     if rule == "patience":
-        return len(means) - 1 - lowest >= after
-    return pvariance(means[-after:]) < _PLATEAU * pvariance(means)
-
-
-def _is_above(now: Sequence[float], before: Sequence[float]) -> bool:
-    differences = [a - b for a, b in zip(now, before, strict=True)]
-    # The pictures and their noise are the same ones, so that what differs between pictures falls out.
-    error = stdev(differences) / len(differences) ** 0.5
-    return bool(fmean(differences) > max(_BEYOND_DOUBT * error, 0.0))
+        return len(held_out) - 1 - held_out.index(min(held_out)) >= after
+    return pvariance(held_out[-after:]) < _PLATEAU * pvariance(held_out)
 
 
 def best_save(held_out: Mapping[int, float], *, tolerance: float) -> int | None:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -515,21 +514,23 @@ class Trainer:
         if self._validation_set is None:
             return
         count = self._config.validation.timesteps
-        each, own = [0.0], [0.0]
+        held_out = trained_on = 0.0
         if self._processes.is_main:
             self._adapter.train(False)
             with self._as_saved(), torch.no_grad():
-                each = self._fixed_losses(self._validation_set, count)
-                own = self._fixed_losses(self._training_set, count)
+                held_out = self._fixed_loss(self._validation_set, count)
+                trained_on = self._fixed_loss(self._training_set, count)
             self._adapter.train()
         # Rounding may differ between devices, and all must agree when to stop.
-        each, own = self._processes.from_main((each, own))
-        held_out, trained_on = fmean(each), fmean(own)
-        state, settings, step = self.state, self._config.validation, str(self.state.step)
-        state.validations[step], state.held_out[step], state.own_losses[step] = held_out, each, trained_on
-        # States of before there was one for each picture hold the mean.
-        measured = [state.held_out.get(step, [mean] * len(each)) for step, mean in state.validations.items()]
-        state.converged = has_learnt(measured, rule=settings.stop, after=settings.stop_after)
+        held_out, trained_on = self._processes.from_main((held_out, trained_on))
+        state, settings = self.state, self._config.validation
+        state.validations[str(state.step)], state.own_losses[str(state.step)] = held_out, trained_on
+        state.converged = has_learnt(
+            list(state.validations.values()),
+            rule=settings.stop,
+            after=settings.stop_after,
+            tolerance=settings.tolerance,
+        )
         copied = None
         if "0" in state.own_losses and state.step > 0:
             copied = copying(
@@ -540,17 +541,15 @@ class Trainer:
             )
         yield ValidationDone(step=state.step, held_out_loss=held_out, training_loss=trained_on, copying=copied)
 
-    def _fixed_losses(self, images: TrainingSet, count: int) -> list[float]:
-        """Of each image, over `count` timesteps."""
+    def _fixed_loss(self, images: TrainingSet, count: int) -> float:
         assert self._validation_set is not None
         every = max(1, len(images.examples) // len(self._validation_set.examples))
         chosen = list(range(0, len(images.examples), every))[: len(self._validation_set.examples)]
         # All timesteps of an image stand together, and neighbours are far apart on the schedule.
         exposures = [(n, chosen[n // count]) for n in range(count * len(chosen))]
         batches = self._batches(exposures, images, seed=counter_seed(self._config.train.seed, "validation"), fixed=True)
-        losses = torch.cat([self._losses(batch, dropout_counters=(-2, 0)) for batch in batches])
-        means: list[float] = losses.view(len(chosen), count).mean(1).tolist()
-        return means
+        total = sum(float(self._losses(batch, dropout_counters=(-2, 0)).sum()) for batch in batches)
+        return total / len(exposures)
 
     def _best_step(self) -> int | None:
         """The save that the held-out loss speaks for; None without a validation set."""

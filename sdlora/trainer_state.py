@@ -20,9 +20,8 @@ __all__ = ["TrainerState", "Trained", "pack_state", "unpack_state"]
 class TrainerState:
     """Where a run is: steps made, how many of them were skipped, how many of those just now, the seconds it took.
 
-    `losses` are those since the last progress event; `validations` the held-out loss by step, `held_out` that of each
-    held-out picture, `own_losses` that on as many of the run's own pictures. `converged`: the held-out loss told to
-    stop. `finished`: the result is written.
+    `losses` are those since the last progress event; `validations` the held-out loss by step, `own_losses` that on as
+    many of the run's own pictures. `converged`: the held-out loss told to stop. `finished`: the result is written.
     `examples_per_step`: over all processes.
     """
 
@@ -32,7 +31,6 @@ class TrainerState:
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
     validations: dict[str, float] = field(default_factory=dict)
-    held_out: dict[str, list[float]] = field(default_factory=dict)
     own_losses: dict[str, float] = field(default_factory=dict)
     converged: bool = False
     finished: bool = False

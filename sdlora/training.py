@@ -225,7 +225,6 @@ class _Parts:
         ):
             cache = _open_cache(config)
             trained_on, held_out = _split(config, dataset, say)
-            _require_enough(config, held_out)
             training_set = _prepare(config, components, trained_on, cache)
             validation_set = _prepare_steady(config, components, held_out, CaptionRules.of(config.data).steady(), cache)
             prior_set = _prepare_steady(config, components, prior, CaptionRules(), cache)
@@ -468,17 +467,6 @@ def _split(config: TrainConfig, dataset: ImageDataset, say: Say) -> tuple[ImageD
         problem = Problem("validation.path", "these are the pictures that are trained on.", "Hold out others.")
         raise DatasetError(path, [problem])
     return dataset, scan_dataset(path, trigger=config.data.trigger, background=config.data.background_rgb)
-
-
-def _require_enough(config: TrainConfig, held_out: ImageDataset | None) -> None:
-    """
-    Raises:
-        ConfigError: a single picture is to tell what is beyond doubt.
-    """
-    if config.validation.stop == "rise" and held_out is not None and len(held_out.examples) < 2:
-        what = '"rise" compares held-out pictures with each other, and there is one.'
-        problem = Problem("validation.stop", what, "Hold out more, or set it to patience.")
-        raise ConfigError("the settings", [problem])
 
 
 def require_attention(attention: str, device: torch.device) -> None:

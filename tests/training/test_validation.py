@@ -69,10 +69,10 @@ def test_the_best_save_becomes_the_result(
 ) -> None:
     trainer = validated(tmp_path, validation=settings)
 
-    def losses(images: Any, count: int) -> list[float]:
-        return [abs(trainer.state.step - lowest) + 1.0]
+    def loss(images: Any, count: int) -> float:
+        return abs(trainer.state.step - lowest) + 1.0
 
-    monkeypatch.setattr(trainer, "_fixed_losses", losses)
+    monkeypatch.setattr(trainer, "_fixed_loss", loss)
     (finished,) = of(RunFinished, list(trainer.run()))
     assert finished.best_step == best
     result = read_adapter(tmp_path / "ink.safetensors")
