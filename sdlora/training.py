@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -28,13 +29,16 @@ from sdlora.data.dataset import ImageDataset, scan_configured, scan_dataset
 from sdlora.data.held_out import split_held_out
 from sdlora.data.names import list_names, shown_name
 from sdlora.errors import CheckpointError, ConfigError, DatasetError, ModelError, Problem, TrainingError
-from sdlora.events import CheckpointSaved, Event, Observer, RunFinished, from_json, to_json
+from sdlora.events import CheckpointSaved, Event, Observer, PreviewReady, RunFinished, from_json, to_json
 from sdlora.families import Components, load_components, resolve_base, weights_fingerprint
 from sdlora.lora import AdapterPlan, base_models, plan_adapter
 from sdlora.out_of_memory import telling_out_of_memory
 from sdlora.precision import Precision, choose_precision
 from sdlora.prepare import TrainingSet, prepare_training_set
-from sdlora.preview import PreviewDrawer
+from sdlora.preview_requests import Previews
+from sdlora.previews.beside import PreviewsBeside
+from sdlora.previews.between import PreviewsBetween, shared_generator
+from sdlora.previews.place import place_beside
 from sdlora.processes import Processes, current_processes, training_device
 from sdlora.progress import JsonlWriter
 from sdlora.ranking import RankedSave, rank_saves, read_events, write_ranking
@@ -192,7 +196,8 @@ class _Parts:
     start_hash: str | None
     """Of the adapter that the run begins with, if it is not a new one."""
     pictures: tuple[Path, ...]
-    drawer: PreviewDrawer | None
+    previews: Callable[[RunDir, Say], Previews] | None
+    """Makes them, for a run's folder."""
 
     @staticmethod
     def build(
@@ -203,6 +208,7 @@ class _Parts:
         say: Say,
     ) -> _Parts:
         device = components.unet.device if components is not None else training_device()
+        given = components is not None
         require_attention(config.model.attention, device)
         require_tracker(config.output.tracker)
         precision = choose_precision(config.model.precision, device)
@@ -237,7 +243,7 @@ class _Parts:
             text_fingerprints=[weights_fingerprint(encoder) for encoder in components.text_encoders if adapts_text],
             start_hash=start.tensor_sha256 if start is not None else None,
             pictures=tuple(example.path for example in dataset.examples),
-            drawer=_preview_drawer(config, components, training_set, precision),
+            previews=_previews(config, components, training_set.resolution, given=given),
         )
 
 
@@ -255,13 +261,14 @@ def _train(
         components.unet.enable_xformers_memory_efficient_attention()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    previews = parts.previews(run_dir, say) if parts.previews is not None and processes.is_main else None
     trainer = Trainer(
         config=config,
         components=components,
         training_set=parts.training_set,
         run_dir=run_dir,
         precision=parts.precision,
-        draw_previews=parts.drawer.into(run_dir) if parts.drawer is not None else None,
+        previews=previews,
         validation_set=parts.validation_set,
         prior_set=parts.prior_set,
         checkpoint=checkpoint,
@@ -285,6 +292,8 @@ def _train(
         raise
     with ExitStack() as stack:
         watching: list[Observer] = [stack.enter_context(JsonlWriter(run_dir.events_path))]
+        if previews is not None:
+            stack.callback(previews.close)
         tracker = tracker_for(config, run_dir)
         if tracker is not None:
             stack.callback(tracker.close)
@@ -293,7 +302,7 @@ def _train(
             telling_out_of_memory(
                 config,
                 parts.precision,
-                doing="training (or drawing a preview)" if config.preview.prompts else "training",
+                doing="training",
                 resolution=parts.training_set.resolution,
                 step=components.size_step,
                 run=run_dir.root,
@@ -348,9 +357,11 @@ def _tell_other_versions(checkpoint: Checkpoint, say: Say) -> None:
 
 
 def _mend_events(run_dir: RunDir, step: int) -> None:
-    """Steps after the state will be made again, and told again; saves of before it that nobody heard of are told."""
+    """Steps after the state will be made again, and told again; what lies there of before it and nobody heard of is
+    told: saves and previews."""
     lines = run_dir.events_path.read_text(encoding="utf-8").splitlines() if run_dir.events_path.exists() else []
-    kept, told = [], set()
+    kept: list[str] = []
+    told: set[tuple[type[Event], str]] = set()
     for line in lines:
         try:
             event = from_json(line)
@@ -359,11 +370,15 @@ def _mend_events(run_dir: RunDir, step: int) -> None:
             continue
         if event.step <= step and not isinstance(event, RunFinished):
             kept.append(line)
-        if isinstance(event, CheckpointSaved):
-            told.add(event.step)
-    untold = [saved for saved in run_dir.saved_steps() if saved <= step and saved not in told]
-    events = [CheckpointSaved(step=saved, path=str(run_dir.checkpoint_adapter_path(saved))) for saved in untold]
-    kept += [to_json(event) for event in events]
+        if isinstance(event, CheckpointSaved | PreviewReady):
+            told.add((type(event), event.path))
+    for saved in run_dir.saved_steps():
+        pictures = sorted(run_dir.preview_path(saved, 0).parent.glob("[0-9]*.png"))
+        events: list[CheckpointSaved | PreviewReady] = [
+            CheckpointSaved(step=saved, path=str(run_dir.checkpoint_adapter_path(saved)))
+        ]
+        events += [PreviewReady(step=saved, path=str(path)) for path in pictures]
+        kept += [to_json(event) for event in events if saved <= step and (type(event), event.path) not in told]
     write_text_atomic(run_dir.events_path, "".join(f"{line}\n" for line in kept))
 
 
@@ -531,17 +546,24 @@ def _prepare_steady(
     )
 
 
-def _preview_drawer(
-    config: TrainConfig, components: Components, training_set: TrainingSet, precision: Precision
-) -> PreviewDrawer | None:
-    if not config.preview.prompts:
+def _previews(
+    config: TrainConfig, components: Components, resolution: int, *, given: bool
+) -> Callable[[RunDir, Say], Previews] | None:
+    """What makes them; models that were `given` are known to no other process."""
+    settings = config.preview
+    if not settings.prompts:
         return None
-    return PreviewDrawer(
-        components=components,
-        settings=config.preview,
-        resolution=training_set.resolution,
-        precision=precision,
-        keep_text=config.lora.text_encoder,
+    if settings.where == "between" or (settings.where == "auto" and given):
+        base = components.source if given else config.model.base
+        generator = shared_generator(components, base=base)
+        return lambda run_dir, say: PreviewsBetween(
+            generator=generator, settings=settings, resolution=resolution, run_dir=run_dir, say=say
+        )
+    models = (components.unet, components.vae, *components.text_encoders)
+    parameters = sum(weight.numel() for model in models if model is not None for weight in model.parameters())
+    place = partial(place_beside, components.unet.device, parameters=parameters, resolution=resolution)
+    return lambda run_dir, say: PreviewsBeside(
+        base=config.model.base, settings=settings, resolution=resolution, run_dir=run_dir, place=place, say=say
     )
 
 

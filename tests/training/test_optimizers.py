@@ -18,7 +18,7 @@ from sdlora.families import components_from_pipeline
 from sdlora.lora import lora_pairs
 from sdlora.optimizers import AdapterAverage, Lion, build_optimizer, learning_rate_at, limit_norms
 from tests.tiny import tiny_sd1
-from tests.training.helpers import make_config, make_trainer
+from tests.training.helpers import CalledPreviews, make_config, make_trainer
 
 NAMES = ("adamw", "adafactor", "lion", "prodigy")
 SIX_STEPS = {"exposures": 3, "batch_size": 2}
@@ -200,7 +200,7 @@ def test_with_averaging_the_file_and_the_previews_hold_the_average(tmp_path: Pat
 
     settings: dict[str, Any] = {"train": {**SIX_STEPS, "learning_rate": 1e-2}}
     trainer = make_trainer(
-        tmp_path / "a", components=components, draw_previews=look, optimizer={"ema_decay": 0.99}, **settings
+        tmp_path / "a", components=components, previews=CalledPreviews(look), optimizer={"ema_decay": 0.99}, **settings
     )
     list(trainer.run())
     list(make_trainer(tmp_path / "b", **settings).run())

@@ -30,7 +30,7 @@ from sdlora.resume import CHANGE_CLASSES
 from sdlora.trainer import Trainer
 from sdlora.training import resume_run, train_adapter
 from tests.tiny import tiny_sd1
-from tests.training.helpers import make_config, make_trainer, make_training_set, write_pictures
+from tests.training.helpers import CalledPreviews, make_config, make_trainer, make_training_set, write_pictures
 
 SIX_STEPS: dict[str, Any] = {"exposures": 3, "batch_size": 2, "save_every": 10_000}  # 4 images: 2 steps an epoch
 
@@ -80,11 +80,13 @@ def test_a_mean_loss_that_spans_the_stop_is_the_same(tmp_path: Path) -> None:
     settings = {"train": {**SIX_STEPS, "log_every": 3, "save_every": 4}}
     whole = list(make_trainer(tmp_path / "whole", **settings).run())
 
-    def crash(step: int) -> list[Path]:
-        raise ZeroDivisionError
+    def crash() -> None:
+        if trainer.state.step == 4:
+            raise ZeroDivisionError
 
+    trainer = make_trainer(tmp_path / "parts", previews=CalledPreviews(lambda step: [], crash), **settings)
     with pytest.raises(ZeroDivisionError):
-        list(make_trainer(tmp_path / "parts", draw_previews=crash, **settings).run())
+        list(trainer.run())
     checkpoint = newest(tmp_path / "parts")
     assert checkpoint.step == 4
     second = list(make_trainer(tmp_path / "parts", checkpoint=checkpoint, **settings).run())
