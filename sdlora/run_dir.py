@@ -80,6 +80,14 @@ class RunDir:
         """The picture of preview prompt `index` at a step."""
         return self.root / "previews" / f"step-{step:06d}" / f"{index}.png"
 
+    def undrawn_steps(self, num_prompts: int) -> list[int]:
+        """The saved steps that lack a preview of one of so many prompts, ascending."""
+        return [
+            step
+            for step in self.saved_steps()
+            if not all(self.preview_path(step, index).is_file() for index in range(num_prompts))
+        ]
+
 
 def create_run_dir(parent: Path, name: str) -> RunDir:
     """A new, empty run folder `parent/name`, or `parent/name-2`, `-3`, ... if that has something in it.

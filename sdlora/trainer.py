@@ -200,14 +200,17 @@ class Trainer:
 
     def _steps(self) -> Iterator[Event]:
         self._rehearse()
-        self._request_missing()
         if self.state.step == 0:
             yield from self._validate()
-        last_time, last_step = time.perf_counter(), self.state.step
+        begun = self.state.step
+        last_time, last_step = time.perf_counter(), begun
         while not self._is_done and not self._stops:
             learning_rate = self._set_learning_rate()
             grad_norm = self._step()
             step, losses = self.state.step, self.state.losses
+            if step == begun + 1:
+                # Only now is it to be seen which memory the run leaves free.
+                self._request_missing()
             if step % self._config.train.log_every == 0 or step == self.plan.steps:
                 now = time.perf_counter()
                 yield StepDone(
@@ -624,13 +627,11 @@ class Trainer:
                 self._previews.request(saved.step, Path(saved.path))
 
     def _request_missing(self) -> None:
-        """Asks for the previews that the run was stopped before."""
+        """Asks for the previews of earlier saves that the run was stopped before."""
         if self._previews is None:
             return
-        indices = range(len(self._config.preview.prompts))
-        for step in self._run_dir.saved_steps():
-            is_done = all(self._run_dir.preview_path(step, index).is_file() for index in indices)
-            if step <= self.state.step and not is_done:
+        for step in self._run_dir.undrawn_steps(len(self._config.preview.prompts)):
+            if step < self.state.step:
                 self._previews.request(step, self._run_dir.checkpoint_adapter_path(step))
 
     def _restore(self, checkpoint: Checkpoint) -> TrainerState:

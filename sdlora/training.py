@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -36,9 +35,7 @@ from sdlora.out_of_memory import telling_out_of_memory
 from sdlora.precision import Precision, choose_precision
 from sdlora.prepare import TrainingSet, prepare_training_set
 from sdlora.preview_requests import Previews
-from sdlora.previews.beside import PreviewsBeside
-from sdlora.previews.between import PreviewsBetween, shared_generator
-from sdlora.previews.place import place_beside
+from sdlora.previews.choice import draw_missing, previews_of
 from sdlora.processes import Processes, current_processes, training_device
 from sdlora.progress import JsonlWriter
 from sdlora.ranking import RankedSave, rank_saves, read_events, write_ranking
@@ -103,7 +100,7 @@ def resume_run(
 
     On a CPU the adapter becomes the one of a run that never stopped, bit for bit. `overrides` are settings as for
     `load_config`; those that lead to another adapter, like changed pictures, need `allow_change`. A run that is
-    finished is left as it is.
+    finished is left as it is, but for previews that it was stopped before.
 
     Raises:
         CheckpointError: there is nothing to go on from, another process works in the folder, or something changed.
@@ -131,6 +128,8 @@ def resume_run(
         # States of before `finished` was kept say it by their step.
         if trainer_facts.get("finished", checkpoint.step >= checkpoint.facts["num_steps"]) and not changes:
             say(f"{root} is finished: {checkpoint.step} steps. Its adapter is {run_dir.adapter_path}.")
+            if processes.is_main:
+                _draw_missing(run_dir, config, components, observers, say)
             return run_dir.adapter_path
         _tell_other_versions(checkpoint, say)
         parts = _Parts.build(config, dataset, prior, components, say)
@@ -150,6 +149,22 @@ def resume_run(
             _mend_events(run_dir, checkpoint.step)
         say(f"Going on after step {checkpoint.step}.")
         return _train(parts, run_dir, processes, checkpoint=checkpoint, observers=observers, say=say)
+
+
+def _draw_missing(
+    run_dir: RunDir, config: TrainConfig, components: Components | None, observers: Sequence[Observer], say: Say
+) -> None:
+    """The previews that a finished run lacks."""
+    if not run_dir.undrawn_steps(len(config.preview.prompts)):
+        return
+    say("Drawing the last previews.")
+    with JsonlWriter(run_dir.events_path) as writer:
+        for step, path in draw_missing(run_dir, config, components):
+            event = PreviewReady(step=step, path=str(path))
+            writer(event)
+            for observer in observers:
+                observer(event)
+    rank_run(run_dir.root)
 
 
 def _silently(message: str) -> None:
@@ -243,7 +258,7 @@ class _Parts:
             text_fingerprints=[weights_fingerprint(encoder) for encoder in components.text_encoders if adapts_text],
             start_hash=start.tensor_sha256 if start is not None else None,
             pictures=tuple(example.path for example in dataset.examples),
-            previews=_previews(config, components, training_set.resolution, given=given),
+            previews=previews_of(config, components, training_set.resolution, given=given),
         )
 
 
@@ -543,27 +558,6 @@ def _prepare_steady(
         flip=config.data.flip,
         mask_outside=config.data.mask_outside,
         cache=cache,
-    )
-
-
-def _previews(
-    config: TrainConfig, components: Components, resolution: int, *, given: bool
-) -> Callable[[RunDir, Say], Previews] | None:
-    """What makes them; models that were `given` are known to no other process."""
-    settings = config.preview
-    if not settings.prompts:
-        return None
-    if settings.where == "between" or (settings.where == "auto" and given):
-        base = components.source if given else config.model.base
-        generator = shared_generator(components, base=base)
-        return lambda run_dir, say: PreviewsBetween(
-            generator=generator, settings=settings, resolution=resolution, run_dir=run_dir, say=say
-        )
-    models = (components.unet, components.vae, *components.text_encoders)
-    parameters = sum(weight.numel() for model in models if model is not None for weight in model.parameters())
-    place = partial(place_beside, components.unet.device, parameters=parameters, resolution=resolution)
-    return lambda run_dir, say: PreviewsBeside(
-        base=config.model.base, settings=settings, resolution=resolution, run_dir=run_dir, place=place, say=say
     )
 
 

@@ -26,6 +26,8 @@ __all__ = ["PreviewsBeside"]
 
 _SHARED_WORK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What processes that train together are told by; the one that draws is none of them."""
+_COMMAND = [sys.executable, "-P", "-m", "sdlora.previews.child"]
+"""Without the current folder among those that modules are looked for in."""
 _LOOK_SECONDS = 0.1
 
 
@@ -147,9 +149,8 @@ class PreviewsBeside:
         with self._lock:
             if self._is_closed:
                 raise GenerationError("the run is over.")
-            process = subprocess.Popen(
-                # Without the current folder among those that modules are looked for in.
-                [sys.executable, "-P", "-m", "sdlora.previews.child"],
+            process = subprocess.Popen(  # noqa: S603 (our own module)
+                _COMMAND,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,

@@ -33,8 +33,8 @@ def preview_task(run_dir: RunDir, settings: PreviewConfig, step: int, adapter: P
     return PreviewTask(step, adapter, tuple(run_dir.preview_path(step, n) for n in range(len(settings.prompts))))
 
 
-def preview_request(settings: PreviewConfig, resolution: int) -> GenerationRequest:
-    """What is asked of the generator, for squares of `resolution` pixels a side.
+def preview_request(settings: PreviewConfig, resolution: int | None) -> GenerationRequest:
+    """What is asked of the generator, for squares of `resolution` pixels a side; None is the base's own size.
 
     Brackets are no weights, as in the captions that are trained on.
     """
@@ -49,7 +49,7 @@ def preview_request(settings: PreviewConfig, resolution: int) -> GenerationReque
 
 
 def draw_previews(
-    generator: Generator, task: PreviewTask, settings: PreviewConfig, resolution: int
+    generator: Generator, task: PreviewTask, settings: PreviewConfig, resolution: int | None
 ) -> Iterator[tuple[int, Path]]:
     """Draws every prompt with the file, at the weight that it recommends; yields step and file as each is written.
 
