@@ -92,6 +92,8 @@ class PreviewsBeside:
                 yield from self._taken(self._answers.get(timeout=_LOOK_SECONDS))
             except Empty:
                 continue
+        if self._open:
+            self._say(f"Some previews are left out. To draw them: sdlora resume {self._run_dir.root}")
 
     def close(self) -> None:
         """See `Previews`."""
@@ -119,17 +121,13 @@ class PreviewsBeside:
             if not self._is_unable:
                 try:
                     trouble = self._draw(task)
-                except (GenerationError, OSError, ValueError) as error:
+                except Exception as error:  # noqa: BLE001 (a thread that ends untold would be waited for in vain)
                     self._is_unable = True
                     trouble = f"No previews from step {task.step} on: {self._reason() or error}"
             self._answers.put(_Answer(is_last=True, trouble=trouble))
 
     def _draw(self, task: PreviewTask) -> str:
-        """Has it drawn, and returns what went wrong.
-
-        Raises:
-            GenerationError, OSError, ValueError: nothing more can be drawn.
-        """
+        """Has it drawn, and returns what went wrong; what it raises says that nothing more can be drawn."""
         if self._process is None:
             self._start()
         pictures = [str(path.absolute()) for path in task.pictures]

@@ -40,16 +40,18 @@ def place_beside(run_device: torch.device, *, parameters: int, resolution: int) 
     Raises:
         GenerationError: the memory does not suffice anywhere.
     """
-    gpus = {n: Memory(*torch.cuda.mem_get_info(n)) for n in range(torch.cuda.device_count())}
-    # The processes of one machine that train together have the first devices.
-    trained_on = set(range(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    if "LOCAL_WORLD_SIZE" not in os.environ and run_device.type == "cuda":
-        trained_on = {torch.cuda.current_device() if run_device.index is None else run_device.index}
+    own, trained_on = set[int](), set[int]()
+    if run_device.type == "cuda":
+        own = {torch.cuda.current_device() if run_device.index is None else run_device.index}
+        # The processes of one machine that train together have the first devices.
+        trained_on = own | set(range(int(os.environ.get("LOCAL_WORLD_SIZE", "0"))))
+    # To ask a device costs memory on it, so those of the other processes are not asked.
+    asked = [n for n in range(torch.cuda.device_count()) if n in own or n not in trained_on]
     memory = psutil.virtual_memory()
     return choose_place(
-        gpus,
+        {n: Memory(*torch.cuda.mem_get_info(n)) for n in asked},
         Memory(memory.available, memory.total),
-        trained_on=trained_on if run_device.type == "cuda" else set(),
+        trained_on=trained_on,
         on_gpu=drawing_bytes(parameters, 2, resolution),
         on_cpu=drawing_bytes(parameters, 4, resolution),
         cores=os.cpu_count() or 1,

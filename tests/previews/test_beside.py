@@ -98,12 +98,13 @@ def test_pictures_come_in_order_and_asking_does_not_wait(make: Any, tmp_path: Pa
 
 
 def test_a_stop_leaves_the_rest_and_ends_the_process(make: Any, tmp_path: Path) -> None:
-    previews, _ = make(draw="time.sleep(60)")
+    previews, said = make(draw="time.sleep(60)")
     previews.request(1, tmp_path / "1.safetensors")
     while previews._process is None:
         time.sleep(0.01)
     started = time.perf_counter()
     assert list(previews.finish(lambda: True)) == []
+    assert said[1:] == [f"Some previews are left out. To draw them: sdlora resume {tmp_path}"]
     previews.close()
     previews.close()
     assert time.perf_counter() - started < 2
@@ -132,9 +133,10 @@ def test_a_process_that_cannot_is_told_once_and_the_run_goes_on(
     assert len(said) == 2 and said[1].startswith(sentence)
 
 
-def test_no_room_anywhere_is_told_too(make: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [GenerationError("no memory."), RuntimeError("no memory.")])
+def test_no_place_is_told_too(make: Any, tmp_path: Path, error: Exception) -> None:
     def nowhere() -> Place:
-        raise GenerationError("no memory.")
+        raise error
 
     previews, said = make(place=nowhere)
     previews.request(1, tmp_path / "1.safetensors")

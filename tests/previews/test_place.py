@@ -56,19 +56,34 @@ def test_the_run_keeps_at_least_a_core_on_small_machines() -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "current", "expected"), [({}, 1, "cuda:0"), ({"LOCAL_WORLD_SIZE": "2"}, 1, "cuda:2")]
+    ("environment", "run_device", "asked", "expected"),
+    [
+        ({}, "cuda", {0, 1, 2}, "cuda:0"),
+        ({}, "cuda:0", {0, 1, 2}, "cuda:1"),
+        ({}, "cpu", {0, 1, 2}, "cuda:1"),
+        ({"LOCAL_WORLD_SIZE": "2"}, "cuda:0", {0, 2}, "cuda:2"),
+        ({"LOCAL_WORLD_SIZE": "3"}, "cuda:0", {0}, "cuda:0"),
+    ],
 )
 def test_the_devices_of_the_run_are_known(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], current: int, expected: str
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], run_device: str, asked: set[int], expected: str
 ) -> None:
+    """To ask a device makes a context on it, which takes memory from the process that trains there."""
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     frees: dict[int, Any] = {0: (80 * GB, 80 * GB), 1: (81 * GB, 81 * GB), 2: (79 * GB, 80 * GB)}
-    monkeypatch.setattr(torch.cuda, "mem_get_info", frees.__getitem__)
-    assert place_beside(torch.device("cuda"), parameters=SD15, resolution=512).device == expected
+    told = set()
+
+    def mem_get_info(device: int) -> Any:
+        told.add(device)
+        return frees[device]
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    assert place_beside(torch.device(run_device), parameters=SD15, resolution=512).device == expected
+    assert told == asked
 
 
 def test_the_need_is_of_the_size_that_the_models_are() -> None:
