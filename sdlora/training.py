@@ -8,7 +8,7 @@ import logging
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -154,16 +154,26 @@ def resume_run(
 def _draw_missing(
     run_dir: RunDir, config: TrainConfig, components: Components | None, observers: Sequence[Observer], say: Say
 ) -> None:
-    """The previews that a finished run lacks."""
-    if not run_dir.undrawn_steps(len(config.preview.prompts)):
+    """The previews that a finished run lacks, and those that nobody heard of."""
+    if not config.preview.prompts or not run_dir.events_path.is_file():
         return
-    say("Drawing the last previews.")
+    untold = list(_untold(run_dir, read_events(run_dir)))
+    undrawn = run_dir.undrawn_steps(len(config.preview.prompts))
+    if not untold and not undrawn:
+        return
     with JsonlWriter(run_dir.events_path) as writer:
-        for step, path in draw_missing(run_dir, config, components):
-            event = PreviewReady(step=step, path=str(path))
-            writer(event)
-            for observer in observers:
+        watching: list[Observer] = [writer, *observers]
+
+        def tell(event: Event) -> None:
+            for observer in watching:
                 observer(event)
+
+        for event in untold:
+            tell(event)
+        if undrawn:
+            say("Drawing the last previews.")
+            for step, path in draw_missing(run_dir, config, components):
+                tell(PreviewReady(step=step, path=str(path)))
     rank_run(run_dir.root)
 
 
@@ -376,25 +386,31 @@ def _mend_events(run_dir: RunDir, step: int) -> None:
     told: saves and previews."""
     lines = run_dir.events_path.read_text(encoding="utf-8").splitlines() if run_dir.events_path.exists() else []
     kept: list[str] = []
-    told: set[tuple[type[Event], str]] = set()
+    told: list[Event] = []
     for line in lines:
         try:
             event = from_json(line)
         except ValueError:
             # The last line of a killed run may be cut off.
             continue
+        told.append(event)
         if event.step <= step and not isinstance(event, RunFinished):
             kept.append(line)
-        if isinstance(event, CheckpointSaved | PreviewReady):
-            told.add((type(event), event.path))
-    for saved in run_dir.saved_steps():
-        pictures = sorted(run_dir.preview_path(saved, 0).parent.glob("[0-9]*.png"))
-        events: list[CheckpointSaved | PreviewReady] = [
-            CheckpointSaved(step=saved, path=str(run_dir.checkpoint_adapter_path(saved)))
-        ]
-        events += [PreviewReady(step=saved, path=str(path)) for path in pictures]
-        kept += [to_json(event) for event in events if saved <= step and (type(event), event.path) not in told]
+    kept += [to_json(event) for event in _untold(run_dir, told) if event.step <= step]
     write_text_atomic(run_dir.events_path, "".join(f"{line}\n" for line in kept))
+
+
+def _untold(run_dir: RunDir, told: Iterable[Event]) -> Iterator[CheckpointSaved | PreviewReady]:
+    """The saves and previews that lie there and are not among the events."""
+    # By name: the folder may have been moved, or was named otherwise.
+    names = {(event.step, Path(event.path).name) for event in told if isinstance(event, CheckpointSaved | PreviewReady)}
+    for step in run_dir.saved_steps():
+        adapter = run_dir.checkpoint_adapter_path(step)
+        if (step, adapter.name) not in names:
+            yield CheckpointSaved(step=step, path=str(adapter))
+        for picture in run_dir.drawn_previews(step).values():
+            if (step, picture.name) not in names:
+                yield PreviewReady(step=step, path=str(picture))
 
 
 def _require_space(run_dir: RunDir, adapter: AdapterPlan, num_saves: int, dtype: str) -> None:

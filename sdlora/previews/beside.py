@@ -130,12 +130,12 @@ class PreviewsBeside:
         """Has it drawn, and returns what went wrong; what it raises says that nothing more can be drawn."""
         if self._process is None:
             self._start()
-        pictures = [str(path.absolute()) for path in task.pictures]
+        pictures = [(prompt, str(path.absolute())) for prompt, path in task.pictures]
         self._tell(step=task.step, adapter=str(task.adapter.absolute()), pictures=pictures)
         while True:
             answer = self._hear()
             if "picture" in answer:
-                self._answers.put(_Answer((task.step, task.pictures[answer["picture"]])))
+                self._answers.put(_Answer((task.step, task.pictures[answer["picture"]][1])))
             else:
                 failed = answer.get("failed")
                 return f"No preview of step {task.step}: {failed}" if failed else ""

@@ -67,7 +67,7 @@ def _drawn(generator: Generator, start: dict[str, Any], task: dict[str, Any]) ->
     from sdlora.config import PreviewConfig
     from sdlora.previews.drawing import PreviewTask, draw_previews
 
-    pictures = tuple(map(Path, task["pictures"]))
+    pictures = tuple((prompt, Path(path)) for prompt, path in task["pictures"])
     wanted = PreviewTask(task["step"], Path(task["adapter"]), pictures)
     settings = PreviewConfig.model_validate_json(start["settings"])
     for index, _ in enumerate(draw_previews(generator, wanted, settings, start["resolution"])):

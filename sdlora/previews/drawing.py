@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +21,18 @@ __all__ = ["PreviewTask", "draw_previews", "failure", "preview_request", "previe
 
 @dataclass(frozen=True)
 class PreviewTask:
-    """The previews of one save: the adapter's file, and a file for the picture of each prompt."""
+    """The previews of one save: the adapter's file, and each prompt with the file of its picture."""
 
     step: int
     adapter: Path
-    pictures: tuple[Path, ...]
+    pictures: tuple[tuple[str, Path], ...]
 
 
 def preview_task(run_dir: RunDir, settings: PreviewConfig, step: int, adapter: Path) -> PreviewTask:
-    """That of a save of the run in `run_dir`."""
-    return PreviewTask(step, adapter, tuple(run_dir.preview_path(step, n) for n in range(len(settings.prompts))))
+    """That of a save of the run in `run_dir`, without the pictures that are there."""
+    drawn = run_dir.drawn_previews(step)
+    wanted = [(prompt, run_dir.preview_path(step, n)) for n, prompt in enumerate(settings.prompts) if n not in drawn]
+    return PreviewTask(step, adapter, tuple(wanted))
 
 
 def preview_request(settings: PreviewConfig, resolution: int | None) -> GenerationRequest:
@@ -51,7 +53,7 @@ def preview_request(settings: PreviewConfig, resolution: int | None) -> Generati
 def draw_previews(
     generator: Generator, task: PreviewTask, settings: PreviewConfig, resolution: int | None
 ) -> Iterator[tuple[int, Path]]:
-    """Draws every prompt with the file, at the weight that it recommends; yields step and file as each is written.
+    """Draws every picture with the file, at the weight that it recommends; yields step and file as each is written.
 
     Raises:
         AdapterError: the file cannot be used.
@@ -60,9 +62,9 @@ def draw_previews(
     name = generator.stack.load(task.adapter)
     try:
         generator.stack.set_adapters([name], recommended_weight(read_adapter(task.adapter).metadata))
-        seeds: Sequence[int] = [settings.seed] * len(settings.prompts)
-        drawn = generator.draw_many(settings.prompts, seeds, preview_request(settings, resolution))
-        for picture, path in zip(drawn, task.pictures, strict=True):
+        prompts = [prompt for prompt, _ in task.pictures]
+        drawn = generator.draw_many(prompts, [settings.seed] * len(prompts), preview_request(settings, resolution))
+        for picture, (_, path) in zip(drawn, task.pictures, strict=True):
             save_picture(picture.image, path, picture.recipe)
             yield task.step, path
     finally:

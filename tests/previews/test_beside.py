@@ -16,8 +16,10 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from sdlora.adapter_file import read_adapter
+from sdlora.cli import app
 from sdlora.config import PreviewConfig, TrainConfig
 from sdlora.errors import GenerationError
 from sdlora.events import CheckpointSaved, Event, PreviewReady, RunFinished, from_json
@@ -44,6 +46,7 @@ for line in sys.stdin:
     else:
         print(json.dumps(dict(done=True)), flush=True)
 """
+PROMPT = "a fox (running:1.4)"
 ABLE = "print(json.dumps(dict(able=True)), flush=True)"
 
 
@@ -176,7 +179,7 @@ def config_for(tmp_path: Path, base: Path, *, out: str = "out", **preview: Any) 
         data={"path": tmp_path / "data", "trigger": "ink style"},
         output={"dir": tmp_path / out, "name": "ink"},
         train={"save_every": 2, "learning_rate": 0.05, "warmup_fraction": 0.0},
-        preview={"prompts": ["a fox (running:1.4)"], "num_inference_steps": 3, "guidance_scale": 5.0, **preview}
+        preview={"prompts": [PROMPT], "num_inference_steps": 3, "guidance_scale": 5.0, **preview}
         if preview.pop("wanted", True)
         else {},
     )
@@ -190,9 +193,7 @@ def pixels(path: str | Path) -> Any:
 def truth(base: Path, adapter: Path) -> Any:
     generator = Generator.from_base(str(base), device="cpu")
     generator.stack.load(adapter)
-    request = GenerationRequest(
-        prompt="a fox (running:1.4)", num_inference_steps=3, guidance_scale=5.0, prompt_syntax="plain"
-    )
+    request = GenerationRequest(prompt=PROMPT, num_inference_steps=3, guidance_scale=5.0, prompt_syntax="plain")
     return np.asarray(next(generator.draw(request)).image)
 
 
@@ -237,6 +238,39 @@ def test_a_run_that_is_stopped_leaves_its_previews_to_resume(tmp_path: Path, bas
         assert (pixels(run_dir.preview_path(step, 0)) == truth(base, run_dir.checkpoint_adapter_path(step))).all()
     lines = run_dir.events_path.read_text(encoding="utf-8").splitlines()
     assert [event for event in map(from_json, lines) if isinstance(event, PreviewReady)] == told
+
+
+@pytest.mark.usefixtures("_on_one_core")
+def test_pictures_that_are_there_are_not_drawn_again_and_all_are_told_once(tmp_path: Path, base: Path) -> None:
+    config = config_for(tmp_path, base, where="between", prompts=[PROMPT, "a tree"])
+    path = train_adapter(config)
+    run_dir = RunDir(path.parent, "ink")
+    lines = run_dir.events_path.read_text(encoding="utf-8").splitlines()
+    # One is gone, one was drawn and nobody heard of it, one is of an earlier file of that step.
+    gone, untold, old = (run_dir.preview_path(step, index) for step, index in ((2, 0), (2, 1), (4, 1)))
+    gone.unlink()
+    os.utime(old, (1, 1))
+    kept = run_dir.preview_path(4, 0).stat().st_mtime_ns
+    left = [line for line in lines if str(gone) not in line and str(untold) not in line and str(old) not in line]
+    run_dir.events_path.write_text("\n".join(left) + "\n", encoding="utf-8")
+    told: list[Event] = []
+    resume_run(path.parent, observers=[told.append])
+    assert told == [PreviewReady(step=step, path=str(file)) for step, file in ((2, untold), (2, gone), (4, old))]
+    assert run_dir.preview_path(4, 0).stat().st_mtime_ns == kept
+    assert (pixels(gone) == truth(base, run_dir.checkpoint_adapter_path(2))).all() and old.stat().st_mtime > 1
+    resume_run(path.parent, observers=[told.append])
+    assert len(told) == 3
+
+
+@pytest.mark.usefixtures("_on_one_core")
+def test_a_preview_can_be_drawn_again(tmp_path: Path, base: Path) -> None:
+    """Its LoRA is found in its run, wherever that is."""
+    path = train_adapter(config_for(tmp_path, base, where="between"))
+    picture = RunDir(path.parent, "ink").preview_path(2, 0)
+    result = CliRunner().invoke(app, ["again", str(picture), "--base", str(base), "--out", str(tmp_path / "again")])
+    assert result.exit_code == 0, result.output
+    assert "The same picture, to the last pixel." in result.output
+    assert (pixels(tmp_path / "again" / "0.png") == pixels(picture)).all()
 
 
 @pytest.mark.slow
