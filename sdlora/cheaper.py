@@ -40,7 +40,8 @@ def cheaper_settings(config: TrainConfig, *, precision: str, resolution: int, st
     if not config.model.gradient_checkpointing:
         yield Cheaper(("model.gradient_checkpointing=true",), "the same adapter; about 1.7 times the time")
     if config.preview.prompts:
-        yield Cheaper(("preview.prompts=none",), "no previews: VAE and text encoder leave the memory")
+        kept = "VAE and text encoder leave" if config.preview.where == "between" else "no other process shares"
+        yield Cheaper(("preview.prompts=none",), f"no previews: {kept} the memory")
     if precision == "fp32":
         yield Cheaper(("model.precision=bf16",), "half the memory; other roundings")
     if isinstance(config.lora.targets, str) and config.lora.targets in _SMALLER_TARGETS:

@@ -452,9 +452,10 @@ def again(
     from sdlora.picture_file import read_recipe
 
     read_recipe(picture)
+    from sdlora.run_dir import run_of_preview
     from sdlora.workflows import draw_again
 
-    folders = lora_dir or [Path("outputs"), picture.resolve().parent]
+    folders = lora_dir or [Path("outputs"), run_of_preview(picture) or picture.resolve().parent]
     drawn = draw_again(picture, base=base, folders=folders, out_dir=out_dir, say=_say, warn=_warn, init_image=init)
     _say(str(drawn))
 

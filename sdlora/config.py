@@ -431,7 +431,12 @@ class PreviewConfig(_Section):
     """Pictures drawn at each save, to watch the style arrive."""
 
     prompts: tuple[str, ...] = ()
-    """What to draw. Empty: nothing; drawing needs the text encoder and the VAE kept in memory."""
+    """What to draw, by `generate`'s own code from the saved file. Empty: nothing. Brackets are no weights."""
+
+    where: Literal["auto", "beside", "between"] = "auto"
+    """`beside` the training, in a process of its own of lowest priority: the training never waits, and the base is
+    loaded once more, on another GPU, in free memory of the same one, or for the CPU. `between` two steps, with the
+    models in memory: the training waits. `auto` is `beside`, for models that a program passes in `between`."""
 
     num_inference_steps: Count = 20
     """Denoising steps of a preview."""

@@ -13,7 +13,7 @@ from sdlora.config import TrainConfig
 from sdlora.errors import MemoryShortError
 from sdlora.precision import Precision
 
-__all__ = ["telling_out_of_memory"]
+__all__ = ["is_out_of_memory", "telling_out_of_memory"]
 
 _CPU_WORDS = ("can't allocate memory", "not enough memory")
 
@@ -31,7 +31,7 @@ def telling_out_of_memory(
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         lines = cheaper_settings(config, precision=precision.name, resolution=resolution, step=step)
         saved = run is not None and any((run / "state").glob("step-*"))
@@ -42,7 +42,8 @@ def telling_out_of_memory(
         raise told from error
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch or the system could not give the memory that was asked for."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     # PyTorch's CPU allocator raises a plain RuntimeError.

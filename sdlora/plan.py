@@ -14,6 +14,7 @@ from sdlora.checkpoint import KEPT
 from sdlora.config import TrainConfig
 from sdlora.data.buckets import bucket_step, make_buckets, plan_crop
 from sdlora.data.dataset import ImageCaption
+from sdlora.drawing_memory import drawing_bytes
 from sdlora.families import BaseShapes
 from sdlora.length import LengthPlan, plan_length
 from sdlora.precision import Precision
@@ -102,8 +103,18 @@ def plan_run(
         # Copies on the host, and the same once more as the bytes of the files.
         **({"a save being written": round(4 * 2 * (kept + 1) * step.adapter_parameters)} if on_cpu else {}),
         "activations and gradients": round(heap * step.peak_bytes),
-        **({"encoders for previews": encoders - step.text_weight_bytes} if config.preview.prompts else {}),
+        **_preview_memory(
+            config,
+            shapes,
+            precision,
+            encoder_bytes=encoders - step.text_weight_bytes,
+            parameters=step.weight_bytes // precision.weight_dtype.itemsize
+            + encode.weight_bytes // 4
+            + shapes.text_parameters,
+        ),
     }
+    # With previews the last save is a file beside the result.
+    num_files = len(length.save_steps) + bool(config.preview.prompts)
     # A pass has `batch_size` pictures, a step as many passes as are accumulated.
     flops = step.flops * config.train.gradient_accumulation
     rate = None if flops_per_second is None else flops_per_second * _REACHED
@@ -120,9 +131,24 @@ def plan_run(
         step_flops=flops,
         seconds_per_step=seconds_per_step,
         seconds=None if rate is None else (flops * length.steps + views * encode.flops) / rate,
-        disk_bytes=len(length.save_steps) * step.file_bytes + round(4 * kept * step.adapter_parameters) * (KEPT + 1),
+        disk_bytes=num_files * step.file_bytes + round(4 * kept * step.adapter_parameters) * (KEPT + 1),
         base_known=shapes.known,
     )
+
+
+def _preview_memory(
+    config: TrainConfig, shapes: BaseShapes, precision: Precision, *, encoder_bytes: int, parameters: int
+) -> dict[str, int]:
+    """Between two steps previews need the encoders; beside them another process on the CPU, or what is free of a GPU,
+    which the run does without."""
+    if not config.preview.prompts:
+        return {}
+    if config.preview.where == "between":
+        return {"encoders for previews": encoder_bytes}
+    if precision.device_type != "cpu":
+        return {}
+    resolution = config.data.resolution or shapes.default_resolution
+    return {"previews, drawn beside": drawing_bytes(parameters, 4, resolution)}
 
 
 def largest_bucket(examples: Sequence[ImageCaption], resolution: int, size_step: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-__all__ = ["base_alone"]
+__all__ = ["base_alone", "base_restored"]
 
 
 @contextmanager
@@ -25,3 +25,26 @@ def base_alone(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+
+
+@contextmanager
+def base_restored(model: nn.Module) -> Iterator[None]:
+    """Within it the model holds its own layers in the place of peft's, in evaluation; afterwards everything is as it
+    was. Without an adapter only the evaluation is new."""
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, LoraLayer)
+    ]
+    modes = [(module, module.training) for module in model.modules()]
+    for parent, name, layer in places:
+        setattr(parent, name, layer.get_base_layer())
+    model.eval()
+    try:
+        yield
+    finally:
+        for parent, name, layer in places:
+            setattr(parent, name, layer)
+        for module, training in modes:
+            module.training = training

@@ -100,6 +100,7 @@ CHANGE_CLASSES: dict[str, Meaning] = {
     "prior.prompts": "changes the run",
     "prior.path": "free",
     "preview.prompts": "free",
+    "preview.where": "free",
     "preview.num_inference_steps": "free",
     "preview.guidance_scale": "free",
     "preview.seed": "free",

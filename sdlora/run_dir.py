@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sdlora.errors import ConfigError, Problem
 
-__all__ = ["RunDir", "create_run_dir", "sync_folder", "write_text_atomic"]
+__all__ = ["RunDir", "create_run_dir", "run_of_preview", "sync_folder", "write_text_atomic"]
 
 _MAX_SAME_NAME = 10_000
 
@@ -79,6 +79,29 @@ class RunDir:
     def preview_path(self, step: int, index: int) -> Path:
         """The picture of preview prompt `index` at a step."""
         return self.root / "previews" / f"step-{step:06d}" / f"{index}.png"
+
+    def drawn_previews(self, step: int) -> dict[int, Path]:
+        """The pictures drawn with the adapter saved at a step, by their prompts' index.
+
+        One that is older than the file is of another adapter: the run went on from a state before it.
+        """
+        adapter = self.checkpoint_adapter_path(step)
+        if not adapter.is_file():
+            return {}
+        saved = adapter.stat().st_mtime_ns
+        pictures = [path for path in self.preview_path(step, 0).parent.glob("*.png") if path.stem.isdecimal()]
+        return {int(path.stem): path for path in sorted(pictures) if path.stat().st_mtime_ns >= saved}
+
+    def undrawn_steps(self, num_prompts: int) -> list[int]:
+        """The saved steps that lack a preview of one of so many prompts, ascending."""
+        return [step for step in self.saved_steps() if not self.drawn_previews(step).keys() >= set(range(num_prompts))]
+
+
+def run_of_preview(picture: Path) -> Path | None:
+    """The folder of the run that a picture is a preview of."""
+    parents = picture.resolve().parents
+    is_preview = len(parents) > 2 and parents[1].name == "previews" and (parents[2] / "config.toml").is_file()
+    return parents[2] if is_preview else None
 
 
 def create_run_dir(parent: Path, name: str) -> RunDir:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,7 @@ from sdlora.optimizers import (
 from sdlora.passes import ForwardPass, StepNumbers, StepRead, read_steps
 from sdlora.precision import DTYPES, Precision
 from sdlora.prepare import TrainingSet
+from sdlora.preview_requests import Previews
 from sdlora.prior import base_alone
 from sdlora.processes import ALONE, Processes
 from sdlora.randomness import counter_seed
@@ -71,12 +72,12 @@ class Trainer:
     """Trains one LoRA; `run` once.
 
     The U-Net gets its LoRA here and is given back without it when `run` ends, however it ends: the base's weights are
-    never changed. `draw_previews`, called after a save with the step, returns the pictures it drew. With a `checkpoint`
-    the run goes on after its step, as if it had never stopped; `facts` are put into every checkpoint written. With a
-    `validation_set` the loss on it, always with the same noise, is measured before the first step and at every save,
-    and the adapter of the save it speaks for becomes the result. The images of a `prior_set` are learnt beside
-    the others, as many in each step, in an order of their own. Several `processes` share the steps of one run: each has
-    a trainer of the same arguments, the first one saves, validates and draws.
+    never changed. `previews` are asked for when the file of a save is written. With a `checkpoint` the run goes on
+    after its step, as if it had never stopped; `facts` are put into every checkpoint written. With a `validation_set`
+    the loss on it, always with the same noise, is measured before the first step and at every save, and the adapter of
+    the save it speaks for becomes the result. The images of a `prior_set` are learnt beside the others, as many in each
+    step, in an order of their own. Several `processes` share the steps of one run: each has a trainer of the
+    same arguments, the first one saves, validates and has `previews`.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Trainer:
         training_set: TrainingSet,
         run_dir: RunDir,
         precision: Precision,
-        draw_previews: Callable[[int], list[Path]] | None = None,
+        previews: Previews | None = None,
         validation_set: TrainingSet | None = None,
         prior_set: TrainingSet | None = None,
         checkpoint: Checkpoint | None = None,
@@ -104,7 +105,7 @@ class Trainer:
         if components.prediction_type not in ("epsilon", "v_prediction"):
             raise ModelError(f"{components.source} predicts {components.prediction_type!r}, which is not supported.")
         self._config, self._components, self._training_set = config, components, training_set
-        self._run_dir, self._precision, self._draw_previews = run_dir, precision, draw_previews
+        self._run_dir, self._precision, self._previews = run_dir, precision, previews
         self._validation_set, self._prior_set, self._processes = validation_set, prior_set, processes
         self._examples_per_step = _examples_per_step(config, checkpoint, processes)
         self._unet, self._device = components.unet, components.unet.device
@@ -179,6 +180,8 @@ class Trainer:
             self.detach()
             self._saver.close()
         yield from self._saved()
+        if self._previews is not None and not self.finished.stopped_early:
+            yield from _told(self._previews.finish(lambda: self._stop_requested))
         yield self.finished
 
     def detach(self) -> None:
@@ -199,11 +202,15 @@ class Trainer:
         self._rehearse()
         if self.state.step == 0:
             yield from self._validate()
-        last_time, last_step = time.perf_counter(), self.state.step
+        begun = self.state.step
+        last_time, last_step = time.perf_counter(), begun
         while not self._is_done and not self._stops:
             learning_rate = self._set_learning_rate()
             grad_norm = self._step()
             step, losses = self.state.step, self.state.losses
+            if step == begun + 1:
+                # Only now is it to be seen which memory the run leaves free.
+                self._request_missing()
             if step % self._config.train.log_every == 0 or step == self.plan.steps:
                 now = time.perf_counter()
                 yield StepDone(
@@ -219,12 +226,14 @@ class Trainer:
                 self.state.losses = []
                 last_step, last_time = step, time.perf_counter()
             if step in self.plan.save_steps:
-                yield from self._save_and_draw(step)
+                yield from self._validate_and_save(step)
                 last_time = time.perf_counter()
             elif time.perf_counter() - self._saved_at > _STATE_SECONDS:
                 self._begin_save()
             elif not self._saver.is_busy:
                 yield from self._saved()
+            if self._previews is not None:
+                yield from _told(self._previews.ready())
         self._look()
         yield from self._saved()
 
@@ -494,20 +503,12 @@ class Trainer:
             group["lr"] = learning_rate * group["lr_scale"]
         return learning_rate
 
-    def _save_and_draw(self, step: int) -> Iterator[Event]:
+    def _validate_and_save(self, step: int) -> Iterator[Event]:
         yield from self._validate()
-        # The last one is the result itself, unless an earlier one may become that.
-        if step < self.plan.steps or self._validation_set is not None:
+        # The last one is the result itself, unless an earlier one may become that or pictures are drawn with it.
+        if step < self.plan.steps or self._validation_set is not None or self._previews is not None:
             yield from self._saved()
             self._begin_save(self._run_dir.checkpoint_adapter_path(step))
-        if self._draw_previews is not None and self._processes.is_main:
-            yield from self._saved()
-            self._adapter.train(False)
-            with self._as_saved():
-                pictures = self._draw_previews(step)
-            self._adapter.train()
-            for picture in pictures:
-                yield PreviewReady(step=step, path=str(picture))
 
     def _validate(self) -> Iterator[Event]:
         """The loss on the held-out images and on as many of the others, with noise that never changes."""
@@ -627,6 +628,16 @@ class Trainer:
         saved, self._saving = self._saving, None
         if saved is not None:
             yield saved
+            if self._previews is not None and not self._stop_requested:
+                self._previews.request(saved.step, Path(saved.path))
+
+    def _request_missing(self) -> None:
+        """Asks for the previews of earlier saves that the run was stopped before."""
+        if self._previews is None:
+            return
+        for step in self._run_dir.undrawn_steps(len(self._config.preview.prompts)):
+            if step < self.state.step:
+                self._previews.request(step, self._run_dir.checkpoint_adapter_path(step))
 
     def _restore(self, checkpoint: Checkpoint) -> TrainerState:
         try:
@@ -684,6 +695,11 @@ def _examples_per_step(config: TrainConfig, checkpoint: Checkpoint | None, proce
     given = config.train.batch_size * config.train.gradient_accumulation
     begun = checkpoint.facts["trainer"].get("examples_per_step", given) if checkpoint is not None else 0
     return int(begun or given * processes.count)
+
+
+def _told(pictures: Iterable[tuple[int, Path]]) -> Iterator[Event]:
+    for step, path in pictures:
+        yield PreviewReady(step=step, path=str(path))
 
 
 @contextmanager

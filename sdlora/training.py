@@ -8,7 +8,7 @@ import logging
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,13 +28,14 @@ from sdlora.data.dataset import ImageDataset, scan_configured, scan_dataset
 from sdlora.data.held_out import split_held_out
 from sdlora.data.names import list_names, shown_name
 from sdlora.errors import CheckpointError, ConfigError, DatasetError, ModelError, Problem, TrainingError
-from sdlora.events import CheckpointSaved, Event, Observer, RunFinished, from_json, to_json
+from sdlora.events import CheckpointSaved, Event, Observer, PreviewReady, RunFinished, from_json, to_json
 from sdlora.families import Components, load_components, resolve_base, weights_fingerprint
 from sdlora.lora import AdapterPlan, base_models, plan_adapter
 from sdlora.out_of_memory import telling_out_of_memory
 from sdlora.precision import Precision, choose_precision
 from sdlora.prepare import TrainingSet, prepare_training_set
-from sdlora.preview import PreviewDrawer
+from sdlora.preview_requests import Previews
+from sdlora.previews.choice import draw_missing, previews_of
 from sdlora.processes import Processes, current_processes, training_device
 from sdlora.progress import JsonlWriter
 from sdlora.ranking import RankedSave, rank_saves, read_events, write_ranking
@@ -99,7 +100,7 @@ def resume_run(
 
     On a CPU the adapter becomes the one of a run that never stopped, bit for bit. `overrides` are settings as for
     `load_config`; those that lead to another adapter, like changed pictures, need `allow_change`. A run that is
-    finished is left as it is.
+    finished is left as it is, but for previews that it was stopped before.
 
     Raises:
         CheckpointError: there is nothing to go on from, another process works in the folder, or something changed.
@@ -127,6 +128,8 @@ def resume_run(
         # States of before `finished` was kept say it by their step.
         if trainer_facts.get("finished", checkpoint.step >= checkpoint.facts["num_steps"]) and not changes:
             say(f"{root} is finished: {checkpoint.step} steps. Its adapter is {run_dir.adapter_path}.")
+            if processes.is_main:
+                _draw_missing(run_dir, config, components, observers, say)
             return run_dir.adapter_path
         _tell_other_versions(checkpoint, say)
         parts = _Parts.build(config, dataset, prior, components, say)
@@ -146,6 +149,32 @@ def resume_run(
             _mend_events(run_dir, checkpoint.step)
         say(f"Going on after step {checkpoint.step}.")
         return _train(parts, run_dir, processes, checkpoint=checkpoint, observers=observers, say=say)
+
+
+def _draw_missing(
+    run_dir: RunDir, config: TrainConfig, components: Components | None, observers: Sequence[Observer], say: Say
+) -> None:
+    """The previews that a finished run lacks, and those that nobody heard of."""
+    if not config.preview.prompts or not run_dir.events_path.is_file():
+        return
+    untold = list(_untold(run_dir, read_events(run_dir)))
+    undrawn = run_dir.undrawn_steps(len(config.preview.prompts))
+    if not untold and not undrawn:
+        return
+    with JsonlWriter(run_dir.events_path) as writer:
+        watching: list[Observer] = [writer, *observers]
+
+        def tell(event: Event) -> None:
+            for observer in watching:
+                observer(event)
+
+        for event in untold:
+            tell(event)
+        if undrawn:
+            say("Drawing the last previews.")
+            for step, path in draw_missing(run_dir, config, components):
+                tell(PreviewReady(step=step, path=str(path)))
+    rank_run(run_dir.root)
 
 
 def _silently(message: str) -> None:
@@ -197,7 +226,8 @@ class _Parts:
     start_hash: str | None
     """Of the adapter that the run begins with, if it is not a new one."""
     pictures: tuple[Path, ...]
-    drawer: PreviewDrawer | None
+    previews: Callable[[RunDir, Say], Previews] | None
+    """Makes them, for a run's folder."""
 
     @staticmethod
     def build(
@@ -208,6 +238,7 @@ class _Parts:
         say: Say,
     ) -> _Parts:
         device = components.unet.device if components is not None else training_device()
+        given = components is not None
         require_attention(config.model.attention, device)
         require_tracker(config.output.tracker)
         precision = choose_precision(config.model.precision, device)
@@ -242,7 +273,7 @@ class _Parts:
             text_fingerprints=[weights_fingerprint(encoder) for encoder in components.text_encoders if adapts_text],
             start_hash=start.tensor_sha256 if start is not None else None,
             pictures=tuple(example.path for example in dataset.examples),
-            drawer=_preview_drawer(config, components, training_set, precision),
+            previews=previews_of(config, components, training_set.resolution, given=given),
         )
 
 
@@ -260,13 +291,14 @@ def _train(
         components.unet.enable_xformers_memory_efficient_attention()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    previews = parts.previews(run_dir, say) if parts.previews is not None and processes.is_main else None
     trainer = Trainer(
         config=config,
         components=components,
         training_set=parts.training_set,
         run_dir=run_dir,
         precision=parts.precision,
-        draw_previews=parts.drawer.into(run_dir) if parts.drawer is not None else None,
+        previews=previews,
         validation_set=parts.validation_set,
         prior_set=parts.prior_set,
         checkpoint=checkpoint,
@@ -290,6 +322,8 @@ def _train(
         raise
     with ExitStack() as stack:
         watching: list[Observer] = [stack.enter_context(JsonlWriter(run_dir.events_path))]
+        if previews is not None:
+            stack.callback(previews.close)
         tracker = tracker_for(config, run_dir)
         if tracker is not None:
             stack.callback(tracker.close)
@@ -298,7 +332,7 @@ def _train(
             telling_out_of_memory(
                 config,
                 parts.precision,
-                doing="training (or drawing a preview)" if config.preview.prompts else "training",
+                doing="training",
                 resolution=parts.training_set.resolution,
                 step=components.size_step,
                 run=run_dir.root,
@@ -359,23 +393,35 @@ def _tell_other_versions(checkpoint: Checkpoint, say: Say) -> None:
 
 
 def _mend_events(run_dir: RunDir, step: int) -> None:
-    """Steps after the state will be made again, and told again; saves of before it that nobody heard of are told."""
+    """Steps after the state will be made again, and told again; what lies there of before it and nobody heard of is
+    told: saves and previews."""
     lines = run_dir.events_path.read_text(encoding="utf-8").splitlines() if run_dir.events_path.exists() else []
-    kept, told = [], set()
+    kept: list[str] = []
+    told: list[Event] = []
     for line in lines:
         try:
             event = from_json(line)
         except ValueError:
             # The last line of a killed run may be cut off.
             continue
+        told.append(event)
         if event.step <= step and not isinstance(event, RunFinished):
             kept.append(line)
-        if isinstance(event, CheckpointSaved):
-            told.add(event.step)
-    untold = [saved for saved in run_dir.saved_steps() if saved <= step and saved not in told]
-    events = [CheckpointSaved(step=saved, path=str(run_dir.checkpoint_adapter_path(saved))) for saved in untold]
-    kept += [to_json(event) for event in events]
+    kept += [to_json(event) for event in _untold(run_dir, told) if event.step <= step]
     write_text_atomic(run_dir.events_path, "".join(f"{line}\n" for line in kept))
+
+
+def _untold(run_dir: RunDir, told: Iterable[Event]) -> Iterator[CheckpointSaved | PreviewReady]:
+    """The saves and previews that lie there and are not among the events."""
+    # By name: the folder may have been moved, or was named otherwise.
+    names = {(event.step, Path(event.path).name) for event in told if isinstance(event, CheckpointSaved | PreviewReady)}
+    for step in run_dir.saved_steps():
+        adapter = run_dir.checkpoint_adapter_path(step)
+        if (step, adapter.name) not in names:
+            yield CheckpointSaved(step=step, path=str(adapter))
+        for picture in run_dir.drawn_previews(step).values():
+            if (step, picture.name) not in names:
+                yield PreviewReady(step=step, path=str(picture))
 
 
 def _require_space(run_dir: RunDir, adapter: AdapterPlan, num_saves: int, dtype: str) -> None:
@@ -539,20 +585,6 @@ def _prepare_steady(
         flip=config.data.flip,
         mask_outside=config.data.mask_outside,
         cache=cache,
-    )
-
-
-def _preview_drawer(
-    config: TrainConfig, components: Components, training_set: TrainingSet, precision: Precision
-) -> PreviewDrawer | None:
-    if not config.preview.prompts:
-        return None
-    return PreviewDrawer(
-        components=components,
-        settings=config.preview,
-        resolution=training_set.resolution,
-        precision=precision,
-        keep_text=config.lora.text_encoder,
     )
 
 

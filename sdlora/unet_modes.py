@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from diffusers import UNet2DConditionModel
 
 from sdlora.config import ModelConfig
 
-__all__ = ["enter_modes", "leave_modes"]
+__all__ = ["enter_modes", "leave_modes", "uncompiled"]
 
 _BACKEND = "inductor"
 
@@ -35,6 +37,19 @@ def leave_modes(unet: UNet2DConditionModel, settings: ModelConfig) -> None:
         for module in unet.modules():
             # What `Module.compile` sets; there is no call that takes it back.
             module._compiled_call_impl = None
+
+
+@contextmanager
+def uncompiled(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Within it no compiled block is used, so that layers can be exchanged without compiling anew."""
+    calls = [(module, module._compiled_call_impl) for module in unet.modules() if module._compiled_call_impl]
+    for module, _ in calls:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in calls:
+            module._compiled_call_impl = call
 
 
 def _lay_out(unet: UNet2DConditionModel, memory_format: Any) -> None:

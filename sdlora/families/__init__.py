@@ -8,6 +8,7 @@ from sdlora.families.load import (
     load_components,
     load_pipeline,
     local_base,
+    pipeline_of,
     resolve_base,
 )
 from sdlora.families.shapes import BaseShapes, base_shapes
@@ -25,6 +26,7 @@ __all__ = [
     "load_components",
     "load_pipeline",
     "local_base",
+    "pipeline_of",
     "resolve_base",
     "weights_fingerprint",
 ]

@@ -80,6 +80,8 @@ class Components:
     """Picture sides must be multiples of this: VAE and U-Net halve the size again and again."""
     zeros_for_empty_prompt: bool = False
     """Whether the pipeline stands zeros for an empty prompt instead of encoding it (SDXL base does)."""
+    sampler: Any = None
+    """The scheduler that the base brings along to be drawn with."""
 
     def without_encoders(self, *, keep_text: bool = False) -> Components:
         """The same without VAE and, unless they are kept, text encoders, so that their memory can be freed."""

@@ -6,6 +6,7 @@ refused before anything of it is loaded.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,6 +35,7 @@ __all__ = [
     "load_components",
     "load_pipeline",
     "local_base",
+    "pipeline_of",
     "resolve_base",
 ]
 
@@ -160,20 +162,24 @@ def load_pipeline(source: str, *, weight_dtype: torch.dtype, device: torch.devic
         ModelError: as `load_components`.
     """
     parts = _load_parts(source, unet_dtype=weight_dtype, vae_dtype=weight_dtype, text_dtype=weight_dtype, device=device)
-    family: ModelFamily = parts["family"]
-    options = dict(family.pipeline_options)
-    if len(family.text_encoder_classes) > 1:
-        options["force_zeros_for_empty_prompt"] = parts["zeros_for_empty_prompt"]
-    pipeline = family.pipeline_class(
-        unet=parts["unet"],
-        vae=parts["vae"],
-        scheduler=parts["scheduler"],
-        **_numbered("tokenizer", parts["tokenizers"]),
-        **_numbered("text_encoder", parts["text_encoders"]),
-        **options,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return _pipeline(parts, parts["zeros_for_empty_prompt"])
+
+
+def pipeline_of(components: Components) -> Any:
+    """The diffusers pipeline of a base that is taken apart, with its own sampler; the parts are shared, not copied.
+
+    Drawing needs VAE and text encoders in the U-Net's number format.
+    """
+    parts = {
+        "family": components.family,
+        "unet": components.unet,
+        "vae": components.vae,
+        # A pipeline corrects the configuration of the scheduler it gets.
+        "scheduler": copy.deepcopy(components.sampler),
+        "tokenizers": components.tokenizers,
+        "text_encoders": components.text_encoders,
+    }
+    return _pipeline(parts, components.zeros_for_empty_prompt)
 
 
 def components_from_pipeline(pipeline: Any, *, source: str = "", weight_dtype: torch.dtype | None = None) -> Components:
@@ -186,6 +192,7 @@ def components_from_pipeline(pipeline: Any, *, source: str = "", weight_dtype: t
         "family": detect_family(pipeline.unet.config, source=source or "the pipeline"),
         "unet": pipeline.unet,
         "vae": pipeline.vae,
+        "scheduler": pipeline.scheduler,
         "tokenizers": _present(getattr(pipeline, f"tokenizer{n}", None) for n in numbers),
         "text_encoders": _present(getattr(pipeline, f"text_encoder{n}", None) for n in numbers),
     }
@@ -197,6 +204,23 @@ def components_from_pipeline(pipeline: Any, *, source: str = "", weight_dtype: t
     scheduler = _quietly(lambda: DDPMScheduler.from_config(pipeline.scheduler.config))
     zeros = bool(pipeline.config.get("force_zeros_for_empty_prompt", False))
     return _components(parts, scheduler, source, zeros)
+
+
+def _pipeline(parts: Mapping[str, Any], zeros_for_empty_prompt: bool) -> Any:
+    family: ModelFamily = parts["family"]
+    options = dict(family.pipeline_options)
+    if len(family.text_encoder_classes) > 1:
+        options["force_zeros_for_empty_prompt"] = zeros_for_empty_prompt
+    pipeline = family.pipeline_class(
+        unet=parts["unet"],
+        vae=parts["vae"],
+        scheduler=parts["scheduler"],
+        **_numbered("tokenizer", parts["tokenizers"]),
+        **_numbered("text_encoder", parts["text_encoders"]),
+        **options,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def _cached(base: str) -> Path | None:
@@ -367,6 +391,7 @@ def _components(parts: Mapping[str, Any], scheduler: Any, source: str, zeros_for
         default_resolution=side * vae_factor,
         size_step=vae_factor * 2 ** (len(unet.config.block_out_channels) - 1),
         zeros_for_empty_prompt=zeros_for_empty_prompt,
+        sampler=parts["scheduler"],
     )
 
 

@@ -67,6 +67,26 @@ def test_the_plan_agrees_with_the_run(tmp_path: Path, base: Path, text_encoder: 
     assert plan.cost(3600.0) == pytest.approx(plan.seconds)
 
 
+def test_previews_take_the_memory_of_where_they_are_drawn(tmp_path: Path, base: Path) -> None:
+    pipeline = tiny_sd1()
+    numbers = {part: sum(p.numel() for p in getattr(pipeline, part).parameters()) for part in ("vae", "text_encoder")}
+    whole = sum(numbers.values()) + sum(p.numel() for p in pipeline.unet.parameters())
+
+    def extra(where: str, precision: Precision = FP32) -> dict[str, int]:
+        config = config_for(tmp_path, base, preview={"prompts": ["a fox"], "where": where})
+        examples = scan_dataset(config.data.path, trigger="ink style").examples
+        plan = plan_run(
+            config, examples, base_shapes(str(base)), precision=precision, flops_per_second=None, library_bytes=1000
+        )
+        return {name: size for name, size in plan.memory.items() if "preview" in name}
+
+    assert extra("between") == {"encoders for previews": 4 * sum(numbers.values())}
+    # Another process: its libraries, and its own base in fp32, in which it writes the adapter.
+    (beside,) = extra("auto").items()
+    assert beside[0] == "previews, drawn beside" and 10**9 + 4 * whole < beside[1] < 1.1 * 10**9 + 8 * whole
+    assert not extra("beside", Precision("fp16", "cuda"))
+
+
 def all_pairs(path: Path) -> list[LoraPair]:
     adapter = read_adapter(path)
     return [pair for part in PARTS for pair in adapter.part(part).values()]

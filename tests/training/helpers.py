@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from sdlora.config import TrainConfig
 from sdlora.families import Components, components_from_pipeline
 from sdlora.precision import Precision
 from sdlora.prepare import LatentDistribution, PreparedExample, TrainingSet, View
+from sdlora.preview_requests import Previews
 from sdlora.processes import ALONE, Processes
 from sdlora.run_dir import RunDir
 from sdlora.trainer import Trainer
@@ -52,6 +53,30 @@ def make_training_set(
     return TrainingSet(tuple(examples), components.family.encode_prompts(components, texts), texts, 64)
 
 
+class CalledPreviews:
+    """Draws by calling a function with the step; `look` is called after each step."""
+
+    def __init__(self, draw: Callable[[int], list[Path]], look: Callable[[], None] = lambda: None):
+        self.asked: list[tuple[int, Path]] = []
+        self._draw, self._look, self._done = draw, look, list[tuple[int, Path]]()
+
+    def request(self, step: int, adapter: Path) -> None:
+        assert adapter.is_file()
+        self.asked.append((step, adapter))
+        self._done += [(step, path) for path in self._draw(step)]
+
+    def ready(self) -> list[tuple[int, Path]]:
+        self._look()
+        done, self._done = self._done, []
+        return done
+
+    def finish(self, is_stopped: Callable[[], bool]) -> Iterator[tuple[int, Path]]:
+        yield from self.ready()
+
+    def close(self) -> None:
+        pass
+
+
 def make_trainer(
     folder: Path,
     *,
@@ -59,7 +84,7 @@ def make_trainer(
     components: Components | None = None,
     training_set: TrainingSet | None = None,
     precision: Precision | None = None,
-    draw_previews: Callable[[int], list[Path]] | None = None,
+    previews: Previews | None = None,
     checkpoint: Checkpoint | None = None,
     validation_set: TrainingSet | None = None,
     processes: Processes = ALONE,
@@ -73,7 +98,7 @@ def make_trainer(
         training_set=training_set or make_training_set(components),
         run_dir=RunDir(folder, "ink"),
         precision=precision or Precision("fp32", "cpu"),
-        draw_previews=draw_previews,
+        previews=previews,
         checkpoint=checkpoint,
         validation_set=validation_set,
         processes=processes,

@@ -25,7 +25,7 @@ from sdlora.optimizers import build_optimizer
 from sdlora.stack import AdapterStack
 from sdlora.training import resume_run, train_adapter
 from tests.adapters.builders import METADATA, difference, hand_merged, kohya_tensors, predict, random_pairs, save
-from tests.training.helpers import TINY, make_config, make_trainer, write_pictures
+from tests.training.helpers import TINY, CalledPreviews, make_config, make_trainer, write_pictures
 
 SLOW_REST = ["sd1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd2", "sdxl"))]
 ONE_STEP: dict[str, Any] = {"exposures": 1, "batch_size": 4, "learning_rate": 0.05, "warmup_fraction": 0.0}
@@ -73,7 +73,7 @@ def test_convolutions_are_trained_saved_and_loaded_by_plain_diffusers(tmp_path: 
 
     components = components_from_pipeline(pipeline)
     trainer = make_trainer(
-        tmp_path, family=name, components=components, draw_previews=look, lora=CONVOLUTIONS, train=ONE_STEP
+        tmp_path, family=name, components=components, previews=CalledPreviews(look), lora=CONVOLUTIONS, train=ONE_STEP
     )
     list(trainer.run())
     path = tmp_path / "ink.safetensors"
@@ -261,7 +261,9 @@ def test_dora_learns_lengths_and_its_file_draws_what_was_trained(tmp_path: Path,
 
     components = components_from_pipeline(pipeline)
     lora = {"rank": 2, "alpha": 1.0, "dora": True, "targets": ["attn2.to_k", "conv1"]}
-    trainer = make_trainer(tmp_path, family=name, components=components, draw_previews=look, lora=lora, train=ONE_STEP)
+    trainer = make_trainer(
+        tmp_path, family=name, components=components, previews=CalledPreviews(look), lora=lora, train=ONE_STEP
+    )
     before = predict(pipeline)
     assert difference(before, base) < 1e-4
     list(trainer.run())

@@ -28,10 +28,11 @@ from sdlora.events import Event, RunFinished, StepDone, from_json
 from sdlora.families import components_from_pipeline
 from sdlora.precision import Precision
 from sdlora.resume import CHANGE_CLASSES, dataset_changes, dataset_record
+from sdlora.run_dir import RunDir
 from sdlora.trainer import Trainer
 from sdlora.training import rank_run, resume_run, train_adapter
 from tests.tiny import tiny_sd1
-from tests.training.helpers import make_config, make_trainer, make_training_set, write_pictures
+from tests.training.helpers import CalledPreviews, make_config, make_trainer, make_training_set, write_pictures
 
 SIX_STEPS: dict[str, Any] = {"exposures": 3, "batch_size": 2, "save_every": 10_000}  # 4 images: 2 steps an epoch
 
@@ -81,15 +82,32 @@ def test_a_mean_loss_that_spans_the_stop_is_the_same(tmp_path: Path) -> None:
     settings = {"train": {**SIX_STEPS, "log_every": 3, "save_every": 4}}
     whole = list(make_trainer(tmp_path / "whole", **settings).run())
 
-    def crash(step: int) -> list[Path]:
-        raise ZeroDivisionError
+    def crash() -> None:
+        if trainer.state.step == 4:
+            raise ZeroDivisionError
 
+    trainer = make_trainer(tmp_path / "parts", previews=CalledPreviews(lambda step: [], crash), **settings)
     with pytest.raises(ZeroDivisionError):
-        list(make_trainer(tmp_path / "parts", draw_previews=crash, **settings).run())
+        list(trainer.run())
     checkpoint = newest(tmp_path / "parts")
     assert checkpoint.step == 4
     second = list(make_trainer(tmp_path / "parts", checkpoint=checkpoint, **settings).run())
     assert told(second) == told(whole)[1:]
+
+
+def test_previews_that_a_stop_left_are_asked_for_again(tmp_path: Path) -> None:
+    settings = {"train": {**SIX_STEPS, "save_every": 1}, "preview": {"prompts": ["a fox"]}}
+    first, second = CalledPreviews(lambda step: []), CalledPreviews(lambda step: [])
+    trainer = make_trainer(tmp_path, previews=first, **settings)
+    run_until(trainer, 3)
+    run_dir = RunDir(tmp_path, "ink")
+    run_dir.preview_path(1, 0).parent.mkdir(parents=True)
+    run_dir.preview_path(1, 0).touch()
+    # Saves that are told after the stop are not asked for any more.
+    assert [step for step, _ in first.asked] == [1] and run_dir.saved_steps() == [1, 2, 3]
+    events = list(make_trainer(tmp_path, previews=second, checkpoint=newest(tmp_path), **settings).run())
+    assert second.asked == [(step, run_dir.checkpoint_adapter_path(step)) for step in (2, 3, 4, 5, 6)]
+    assert isinstance(events[-1], RunFinished)
 
 
 def test_a_crash_inside_accumulation_goes_on_from_the_step_before(tmp_path: Path) -> None:

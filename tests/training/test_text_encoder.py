@@ -18,7 +18,7 @@ from sdlora.optimizers import build_optimizer
 from sdlora.stack import AdapterStack
 from sdlora.training import train_adapter
 from tests.adapters.builders import difference, predict
-from tests.training.helpers import TINY, make_config, make_trainer, make_training_set, write_pictures
+from tests.training.helpers import TINY, CalledPreviews, make_config, make_trainer, make_training_set, write_pictures
 from tests.training.test_adapted_layers import ONE_STEP, SLOW_REST, resumed_as_unbroken, tensor_bytes
 
 TEXT: dict[str, Any] = {"rank": 2, "targets": ["mid_block.*.attn2.to_v"], "text_encoder": True}
@@ -60,7 +60,7 @@ def test_text_encoders_learn_and_plain_diffusers_loads_what_they_learnt(tmp_path
         if isinstance(event, StepDone)
     ]
     trainer = make_trainer(
-        tmp_path, lora=TEXT, draw_previews=look, optimizer={"text_encoder_learning_rate": 0.05}, **settings
+        tmp_path, lora=TEXT, previews=CalledPreviews(look), optimizer={"text_encoder_learning_rate": 0.05}, **settings
     )
     losses = [event.loss for event in trainer.run() if isinstance(event, StepDone)]
     # Captions, dropped captions and the layer that is read are those of the prepared embeddings.

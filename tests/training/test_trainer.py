@@ -20,7 +20,7 @@ from sdlora.optimizers import learning_rate_at
 from sdlora.precision import Precision
 from sdlora.trainer import Trainer
 from tests.tiny import tiny_sd1
-from tests.training.helpers import TINY, make_trainer, make_training_set
+from tests.training.helpers import TINY, CalledPreviews, make_trainer, make_training_set
 
 
 def steps_of(events: list[Event]) -> list[StepDone]:
@@ -122,7 +122,9 @@ def test_the_saved_file_holds_what_was_trained(tmp_path: Path) -> None:
         kept.append(lora_pairs(components.unet))
         return []
 
-    trainer = make_trainer(tmp_path, components=components, draw_previews=keep, lora={"rank": 4, "alpha": 2.0})
+    trainer = make_trainer(
+        tmp_path, components=components, previews=CalledPreviews(keep), lora={"rank": 4, "alpha": 2.0}
+    )
     list(trainer.run())
     (trained,) = kept
     saved = read_adapter(tmp_path / "ink.safetensors").unet
@@ -138,16 +140,18 @@ def test_saves_and_previews_come_when_planned(tmp_path: Path) -> None:
     def draw(step: int) -> list[Path]:
         return [tmp_path / f"{step}.png"]
 
-    trainer = make_trainer(tmp_path, draw_previews=draw, train={"exposures": 4, "save_every": 3})
+    trainer = make_trainer(tmp_path, previews=CalledPreviews(draw), train={"exposures": 4, "save_every": 3})
     events = [event for event in trainer.run() if not isinstance(event, StepDone)]
-    assert events[:5] == [
-        CheckpointSaved(step=3, path=str(tmp_path / "checkpoints" / "step-000003" / "ink-step-000003.safetensors")),
+    files = [tmp_path / "checkpoints" / f"step-00000{step}" / f"ink-step-00000{step}.safetensors" for step in (3, 6, 8)]
+    assert events[:6] == [
+        CheckpointSaved(step=3, path=str(files[0])),
         PreviewReady(step=3, path=str(tmp_path / "3.png")),
-        CheckpointSaved(step=6, path=str(tmp_path / "checkpoints" / "step-000006" / "ink-step-000006.safetensors")),
+        CheckpointSaved(step=6, path=str(files[1])),
         PreviewReady(step=6, path=str(tmp_path / "6.png")),
+        CheckpointSaved(step=8, path=str(files[2])),
         PreviewReady(step=8, path=str(tmp_path / "8.png")),
     ]
-    finished = events[5]
+    finished = events[6]
     assert isinstance(finished, RunFinished)
     assert (finished.step, finished.path, finished.stopped_early) == (8, str(tmp_path / "ink.safetensors"), False)
     assert read_adapter(Path(events[0].path)).metadata["sdlora.steps"] == "3"
@@ -293,11 +297,15 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path: Path) -
 
 
 def test_an_interrupt_saves_and_ends_in_order(tmp_path: Path) -> None:
-    def interrupt(step: int) -> list[Path]:
-        raise KeyboardInterrupt
+    def interrupt() -> None:
+        if trainer.state.step == 2:
+            raise KeyboardInterrupt
 
-    trainer = make_trainer(tmp_path, draw_previews=interrupt, train={"save_every": 2})
+    previews = CalledPreviews(lambda step: [tmp_path / "never.png"], interrupt)
+    trainer = make_trainer(tmp_path, previews=previews, train={"save_every": 2})
     events = list(trainer.run())
+    # Nothing is drawn any more.
+    assert not previews.asked
     assert isinstance(events[-1], RunFinished)
     assert (events[-1].step, events[-1].stopped_early) == (2, True)
     assert read_adapter(tmp_path / "ink.safetensors").metadata["sdlora.steps"] == "2"
@@ -337,7 +345,7 @@ def test_previews_do_not_change_the_training(tmp_path: Path) -> None:
 
     plain = steps_of(list(make_trainer(tmp_path / "a", train={"save_every": 1, "exposures": 1}).run()))
     drawn = steps_of(
-        list(make_trainer(tmp_path / "b", train={"save_every": 1, "exposures": 1}, draw_previews=draw).run())
+        list(make_trainer(tmp_path / "b", train={"save_every": 1, "exposures": 1}, previews=CalledPreviews(draw)).run())
     )
     assert [event.loss for event in plain] == [event.loss for event in drawn]
 
