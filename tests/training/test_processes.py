@@ -19,7 +19,7 @@ from sdlora.adapter_file import read_adapter
 from sdlora.checkpoint import read_latest_checkpoint
 from sdlora.config import to_toml
 from sdlora.errors import NonFiniteError, TrainingError
-from sdlora.events import Event, RunFinished, StepDone, from_json
+from sdlora.events import CheckpointSaved, Event, RunFinished, StepDone, ValidationDone, from_json
 from sdlora.families import components_from_pipeline
 from sdlora.processes import Processes
 from tests.tiny import tiny_sd1
@@ -150,9 +150,10 @@ def test_they_stop_together_and_any_number_of_them_goes_on(tmp_path: Path) -> No
 def test_only_the_first_one_saves_and_all_hear_its_measurements(tmp_path: Path) -> None:
     measured = {"path": "others", "timesteps": 1}
     events = run_together(tmp_path / "two", 2, train=train_settings(2, save_every=1), validation=measured)
-    assert [event for event in events[0] if not isinstance(event, StepDone | RunFinished)] == [
-        event for event in events[1] if not isinstance(event, StepDone | RunFinished)
-    ]
+    heard = [[event for event in of_one if isinstance(event, ValidationDone)] for of_one in events]
+    assert heard[0] == heard[1] and len(heard[0]) == 4
+    saved = [[event.step for event in of_one if isinstance(event, CheckpointSaved)] for of_one in events]
+    assert saved == [[1, 2, 3], []]
     assert len(list((tmp_path / "two" / "checkpoints").iterdir())) == 3
 
 
