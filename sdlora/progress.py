@@ -179,7 +179,7 @@ def _sentence(event: CheckpointSaved | PreviewReady | ValidationDone | RunFinish
             )
         case RunFinished(converged=True):
             return (
-                f"Finished after {event.step} steps in {_duration(event.seconds)}: the held-out loss says so. "
+                f"Finished after {event.step} steps in {_duration(event.seconds)}, ended by the held-out loss. "
                 f"Best save: step {event.best_step}. {event.path}"
             )
         case RunFinished() if event.best_step is not None:
