@@ -21,7 +21,7 @@ def has_learnt(held_out: Sequence[float], *, rule: StopRule, after: int, toleran
     0.15 of that of all (DVAR, arXiv 2302.04841), asked once there are more than `after`.
     """
     if rule == "rise":
-        return held_out[-1] > (1 + tolerance) * min(held_out)
+        return best_save(dict(enumerate(held_out)), tolerance=tolerance) != len(held_out) - 1
     if rule == "never" or len(held_out) <= after:
         return False
     if rule == "patience":

@@ -28,7 +28,7 @@ from sdlora.data.dataset import ImageDataset, scan_configured, scan_dataset
 from sdlora.data.held_out import split_held_out
 from sdlora.data.names import list_names, shown_name
 from sdlora.errors import CheckpointError, ConfigError, DatasetError, ModelError, Problem, TrainingError
-from sdlora.events import CheckpointSaved, Event, Observer, PreviewReady, RunFinished, from_json, to_json
+from sdlora.events import CheckpointSaved, Event, Observer, PreviewReady, RunFinished, to_json
 from sdlora.families import Components, load_components, resolve_base, weights_fingerprint
 from sdlora.lora import AdapterPlan, base_models, plan_adapter
 from sdlora.out_of_memory import telling_out_of_memory
@@ -199,14 +199,18 @@ def rank_run(root: Path) -> list[RankedSave]:
     run_dir = RunDir(root, config.run_name)
     names = own_pictures(json.loads(run_dir.dataset_path.read_text(encoding="utf-8")))
     pictures = [config.data.path / name for name in names]
-    ranked = rank_saves(
+    ranked = _ranked(run_dir, config, pictures)
+    write_ranking(run_dir, ranked)
+    return ranked
+
+
+def _ranked(run_dir: RunDir, config: TrainConfig, pictures: Sequence[Path]) -> list[RankedSave]:
+    return rank_saves(
         read_events(run_dir),
         pictures,
         background=config.data.background_rgb,
         tolerance=config.validation.tolerance,
     )
-    write_ranking(run_dir, ranked)
-    return ranked
 
 
 @dataclass(frozen=True, eq=False)
@@ -346,13 +350,7 @@ def _train(
 
 def _rank(parts: _Parts, run_dir: RunDir, say: Say) -> None:
     """Says which saves are best, where something was measured."""
-    config = parts.config
-    ranked = rank_saves(
-        read_events(run_dir),
-        parts.pictures,
-        background=config.data.background_rgb,
-        tolerance=config.validation.tolerance,
-    )
+    ranked = _ranked(run_dir, parts.config, parts.pictures)
     if len(ranked) < 2 or (ranked[0].held_out_loss is None and ranked[0].style_distance is None):
         return
     say(f"The saves, the best first ({write_ranking(run_dir, ranked)}):")
@@ -395,20 +393,11 @@ def _tell_other_versions(checkpoint: Checkpoint, say: Say) -> None:
 def _mend_events(run_dir: RunDir, step: int) -> None:
     """Steps after the state will be made again, and told again; what lies there of before it and nobody heard of is
     told: saves and previews."""
-    lines = run_dir.events_path.read_text(encoding="utf-8").splitlines() if run_dir.events_path.exists() else []
-    kept: list[str] = []
-    told: list[Event] = []
-    for line in lines:
-        try:
-            event = from_json(line)
-        except ValueError:
-            # The last line of a killed run may be cut off.
-            continue
-        told.append(event)
-        if event.step <= step and not isinstance(event, RunFinished):
-            kept.append(line)
-    kept += [to_json(event) for event in _untold(run_dir, told) if event.step <= step]
-    write_text_atomic(run_dir.events_path, "".join(f"{line}\n" for line in kept))
+    told = read_events(run_dir) if run_dir.events_path.exists() else []
+    events: list[Event] = [event for event in told if not isinstance(event, RunFinished)]
+    events += _untold(run_dir, told)
+    lines = [f"{to_json(event)}\n" for event in events if event.step <= step]
+    write_text_atomic(run_dir.events_path, "".join(lines))
 
 
 def _untold(run_dir: RunDir, told: Iterable[Event]) -> Iterator[CheckpointSaved | PreviewReady]:
@@ -611,11 +600,11 @@ def _introduce(
             "Note: this is DoRA. sdlora and LyCORIS draw its files right; diffusers, kohya's networks.lora, ComfyUI "
             "and A1111 draw something else, without an error. `sdlora lora bake` makes a base of it for every tool."
         )
-    falls = config.optimizer.name not in ("adamw-schedulefree", "prodigy") and config.optimizer.schedule != "constant"
+    falls = config.optimizer.name != "adamw-schedulefree" and config.optimizer.schedule != "constant"
     if config.validation.stop != "never" and falls:
         say(
             "Note: where validation.stop ends the run, its learning rate has hardly fallen, and the style is not all "
-            "there. optimizer.name=adamw-schedulefree needs no fall; it takes about 2.5 times the learning rate."
+            "there. optimizer.name=adamw-schedulefree needs no fall; it takes about 2.5 times AdamW's rate."
         )
     size = adapter.file_bytes_in(config.output.dtype)
     say(f"Each adapter file: {size:,} bytes of weights in {adapter.num_layers} layers.")
