@@ -27,13 +27,6 @@ from tests.tiny import tiny_sd1
 QUICK = ("--steps", 2, "--guidance", 3)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "sd1"
-    tiny_sd1().save_pretrained(folder)
-    return folder
-
-
 def recipe(**changes: object) -> Recipe:
     given = {
         "prompt": "a (red:1.2) fox, by the lake",

@@ -29,13 +29,6 @@ from tests.training.helpers import make_config, write_pictures
 FP32 = Precision("fp32", "cpu")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "sd1"
-    tiny_sd1().save_pretrained(folder)
-    return folder
-
-
 def config_for(tmp_path: Path, base: Path, **sections: Any) -> TrainConfig:
     if not (tmp_path / "data").exists():
         write_pictures(tmp_path / "data", count=4)
@@ -47,6 +40,10 @@ def config_for(tmp_path: Path, base: Path, **sections: Any) -> TrainConfig:
     )
 
 
+def tensor_bytes(path: Path) -> int:
+    return path.stat().st_size - int.from_bytes(path.read_bytes()[:8], "little") - 8
+
+
 @pytest.mark.parametrize("text_encoder", [False, True])
 def test_the_plan_agrees_with_the_run(tmp_path: Path, base: Path, text_encoder: bool) -> None:
     config = config_for(tmp_path, base, lora={"rank": 4, "text_encoder": text_encoder})
@@ -55,13 +52,15 @@ def test_the_plan_agrees_with_the_run(tmp_path: Path, base: Path, text_encoder: 
     events: list[Any] = []
     path = train_adapter(config, observers=[events.append])
     assert isinstance(events[-1], RunFinished) and plan.length.steps == events[-1].step
-    tensors = path.stat().st_size - int.from_bytes(path.read_bytes()[:8], "little") - 8
-    assert tensors == plan.file_bytes
+    assert tensor_bytes(path) == plan.file_bytes
     assert plan.memory["base"] == 4 * sum(p.numel() for p in tiny_sd1().unet.parameters())
     in_text = 4 * sum(p.numel() for p in tiny_sd1().text_encoder.parameters()) if text_encoder else None
     assert plan.memory.get("text encoders") == in_text
     assert plan.adapter_parameters == sum(p.up.numel() + p.down.numel() for p in all_pairs(path))
     assert plan.memory["adapter and optimizer"] == 4 * 3 * plan.adapter_parameters
+    # What is copied for a save is the state and the adapter in fp32, each once more as bytes.
+    state = tensor_bytes(next((path.parent / "state").glob("step-*/state.safetensors")))
+    assert plan.memory["a save being written"] == pytest.approx(2 * (state + 4 * plan.adapter_parameters), rel=0.01)
     assert plan.seconds_per_step == pytest.approx(plan.step_flops / 0.6e9)
     assert plan.peak_bytes >= sum(plan.memory.values())
     assert plan.cost(3600.0) == pytest.approx(plan.seconds)

@@ -31,7 +31,6 @@ from sdlora.previews.place import Place
 from sdlora.request import GenerationRequest
 from sdlora.run_dir import RunDir
 from sdlora.training import resume_run, train_adapter
-from tests.tiny import tiny_sd1
 from tests.training.helpers import make_config, write_pictures
 
 FAKE = """
@@ -154,13 +153,6 @@ def test_what_one_save_lacks_the_next_may_have(make: Any, tmp_path: Path) -> Non
         previews.request(step, tmp_path / f"{step}.safetensors")
     assert [step for step, _ in previews.finish(never)] == [2, 2]
     assert said[1:] == ["No preview of step 1: too strong."]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "sd1"
-    tiny_sd1().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

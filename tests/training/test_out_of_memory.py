@@ -14,15 +14,7 @@ from sdlora.errors import MemoryShortError
 from sdlora.generation import Generator
 from sdlora.trainer import Trainer
 from sdlora.training import resume_run, train_adapter
-from tests.tiny import tiny_sd1
 from tests.training.helpers import make_config, write_pictures
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "sd1"
-    tiny_sd1().save_pretrained(folder)
-    return folder
 
 
 def config_for(tmp_path: Path, base: Path, **sections: Any) -> TrainConfig:

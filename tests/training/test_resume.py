@@ -176,13 +176,6 @@ def test_an_interrupt_in_the_middle_of_an_update_saves_nothing_half_done(tmp_pat
 # Whole runs, in folders.
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "sd1"
-    tiny_sd1().save_pretrained(folder)
-    return folder
-
-
 def run_config(tmp_path: Path, base: Path, name: str = "ink", **sections: dict[str, Any]) -> TrainConfig:
     data = tmp_path / "data"
     if not data.exists():

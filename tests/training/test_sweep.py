@@ -30,18 +30,10 @@ from sdlora.sweep import (
 )
 from sdlora.sweep_jobs import TrainJob, run_here, submit_to_slurm
 from sdlora.training import train_adapter
-from tests.tiny import tiny_sd1
 from tests.training.helpers import write_pictures
 from tests.training.test_resume import needs_signals, stop_after
 
 HELD_OUT = "validation.count=1"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "sd1"
-    tiny_sd1().save_pretrained(folder)
-    return folder
 
 
 def small(tmp_path: Path, base: Path) -> list[str]:
